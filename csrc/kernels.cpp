@@ -1,0 +1,237 @@
+// The three kernels. This file is compiled once for each instruction set, REPARAM_ISA naming the table that it fills.
+#include "latent.h"
+
+namespace reparam {
+namespace {
+
+// Calls body(param, prior) with both as compile-time constants.
+template <Param kValue>
+struct ParamTag {
+  static constexpr Param value = kValue;
+};
+template <bool kValue>
+struct Bool {
+  static constexpr bool value = kValue;
+};
+
+template <class Body>
+inline void with_param(Param param, Body body) {
+  switch (param) {
+    case Param::logvar: return body(ParamTag<Param::logvar>());
+    case Param::logstd: return body(ParamTag<Param::logstd>());
+    case Param::std: return body(ParamTag<Param::std>());
+    case Param::softplus: return body(ParamTag<Param::softplus>());
+  }
+}
+
+template <class Body>
+inline void with_options(const Problem& p, Body body) {
+  with_param(p.options.param, [&](auto param) {
+    if (p.mu_p.data) return body(param, Bool<true>());
+    return body(param, Bool<false>());
+  });
+}
+
+// ---- randn
+
+template <class C>
+inline void randn_piece(const Problem& p, int64_t first, int n) {
+  Scratch<C> eps_s, z_s;
+  const C* eps = eps_of(p, 0, first, n, eps_s);
+  C* z = target(p.z, first, z_s.data);
+#pragma omp simd
+  for (int i = 0; i < n; ++i) z[i] = eps[i];
+  store(p.z, first, n, z);
+}
+
+// ---- forward
+
+template <class C, Param kParam, bool kPrior>
+inline void posterior(const Constants<C>& c, const Inputs<C>& in, int n, C* sigma, C* kl) {
+  if (kl) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) {
+      const Element<C> e =
+          element<kParam, kPrior>(c, in.mu[i], clamp(c, in.x[i]), kPrior ? in.mu_p[i] : 0, kPrior ? in.x_p[i] : 0);
+      sigma[i] = e.sigma;
+      kl[i] = e.kl;
+    }
+  } else {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) sigma[i] = element<kParam, false>(c, in.mu[i], clamp(c, in.x[i]), C(0), C(0)).sigma;
+  }
+}
+
+template <class C>
+inline void store_kl(const Problem& p, const Pieces& pieces, int64_t piece, int64_t first, int n, const C* k) {
+  C* kl = (C*)p.kl.data;
+  if (pieces.per_row > 1) {
+    p.partial[piece] = ordered_sum(k, n);
+  } else if (p.cols == 1) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) kl[first + i] = k[i];
+  } else {
+    for (int i = 0; i < n; i += (int)p.cols) kl[(first + i) / p.cols] = (C)ordered_sum(k + i, (int)p.cols);
+  }
+}
+
+template <class C>
+inline void forward_piece(const Problem& p, const Pieces& pieces, int64_t piece) {
+  const int64_t first = pieces.begin(piece);
+  const int n = (int)(pieces.end(piece) - first);
+  const Constants<C> c(p.options);
+  const Inputs<C> in(p, first, n);
+  Scratch<C> sigma, kl, noise_s, z_s;
+  with_options(p, [&](auto param, auto prior) {
+    posterior<C, param.value, prior.value>(c, in, n, sigma.data, p.kl.data ? kl.data : nullptr);
+  });
+  if (p.kl.data) store_kl(p, pieces, piece, first, n, kl.data);
+  if (!p.z.data) return;
+  for (int64_t sample = 0; sample < p.samples; ++sample) {
+    const C* eps = eps_of(p, sample, first, n, noise_s);
+    C* z = target(p.z, sample * p.n + first, z_s.data);
+#pragma omp simd
+    for (int i = 0; i < n; ++i) z[i] = fma(sigma.data[i], eps[i], in.mu[i]);
+    store(p.z, sample * p.n + first, n, z);
+  }
+}
+
+// ---- backward
+
+// What reaches one element from above: dz and dz * eps, each summed over the samples, and its row's dkl.
+template <class C>
+struct Incoming {
+  Scratch<C> dz, dsigma, dkl;
+
+  inline Incoming(const Problem& p, int64_t first, int n) {
+    for (int i = 0; i < n; ++i) dz.data[i] = dsigma.data[i] = dkl.data[i] = 0;
+    if (p.dz.data) add_samples(p, first, n);
+    if (p.dkl.data) spread_rows(p, first, n);
+  }
+
+  inline void add_samples(const Problem& p, int64_t first, int n) {
+    Scratch<C> dz_s, eps_s;
+    for (int64_t sample = 0; sample < p.samples; ++sample) {
+      const C* g = load(p.dz, sample * p.n + first, n, dz_s.data);
+      const C* eps = eps_of(p, sample, first, n, eps_s);
+#pragma omp simd
+      for (int i = 0; i < n; ++i) {
+        dz.data[i] += g[i];
+        dsigma.data[i] = fma(g[i], eps[i], dsigma.data[i]);
+      }
+    }
+  }
+
+  inline void spread_rows(const Problem& p, int64_t first, int n) {
+    Scratch<C> row_s;
+    const int rows = (int)((first + n - 1) / p.cols - first / p.cols) + 1;
+    const C* row = load(p.dkl, first / p.cols, rows, row_s.data);
+    int at = 0;
+    for (int r = 0; r < rows; ++r) {
+      const int64_t end = (first / p.cols + r + 1) * p.cols - first;
+      const int stop = end < n ? (int)end : n;
+      for (; at < stop; ++at) dkl.data[at] = row[r];
+    }
+  }
+};
+
+// One gradient: g(i) for each element.
+template <class C, class Body>
+REPARAM_INLINE void emit(const Operand& out, int64_t first, int n, Body g) {
+  if (!out.data) return;
+  Scratch<C> scratch;
+  C* to = target(out, first, scratch.data);
+#pragma omp simd
+  for (int i = 0; i < n; ++i) to[i] = g(i);
+  store(out, first, n, to);
+}
+
+template <class C>
+inline void backward_piece(const Problem& p, const Pieces& pieces, int64_t piece) {
+  const int64_t first = pieces.begin(piece);
+  const int n = (int)(pieces.end(piece) - first);
+  const Constants<C> c(p.options);
+  const Inputs<C> in(p, first, n);
+  const Incoming<C> g(p, first, n);
+  Scratch<C> dsigma, dkl_x, dkl_mu, dkl_xp;
+  with_options(p, [&](auto param, auto prior) {
+    constexpr Param kParam = decltype(param)::value;
+    constexpr bool kPrior = decltype(prior)::value;
+    if (p.dkl.data) {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) {
+        const Element<C> e =
+            element<kParam, kPrior>(c, in.mu[i], clamp(c, in.x[i]), kPrior ? in.mu_p[i] : 0, kPrior ? in.x_p[i] : 0);
+        dsigma.data[i] = e.dsigma;
+        dkl_x.data[i] = e.dkl_x;
+        dkl_mu.data[i] = e.dkl_mu;
+        if (kPrior) dkl_xp.data[i] = e.dkl_xp;
+      }
+    } else {
+#pragma omp simd
+      for (int i = 0; i < n; ++i)
+        dsigma.data[i] = element<kParam, false>(c, in.mu[i], clamp(c, in.x[i]), C(0), C(0)).dsigma;
+    }
+  });
+  if (p.dkl.data) {
+    emit<C>(p.dmu, first, n, [&](int i) { return fma(g.dkl.data[i], dkl_mu.data[i], g.dz.data[i]); });
+    emit<C>(p.dx, first, n, [&](int i) {
+      const C dx = p.dz.data ? fma(g.dsigma.data[i], dsigma.data[i], g.dkl.data[i] * dkl_x.data[i])
+                             : g.dkl.data[i] * dkl_x.data[i];
+      return clamp_slope(c, dx, in.x[i]);
+    });
+    emit<C>(p.dmu_p, first, n, [&](int i) { return -(g.dkl.data[i] * dkl_mu.data[i]); });
+    emit<C>(p.dx_p, first, n, [&](int i) { return g.dkl.data[i] * dkl_xp.data[i]; });
+  } else {
+    emit<C>(p.dmu, first, n, [&](int i) { return g.dz.data[i]; });
+    emit<C>(p.dx, first, n, [&](int i) { return clamp_slope(c, g.dsigma.data[i] * dsigma.data[i], in.x[i]); });
+  }
+}
+
+// ---- the table
+
+void randn(const Problem& p, const Pieces& pieces, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; ++i) {
+    const int n = (int)(pieces.end(i) - pieces.begin(i));
+    p.wide ? randn_piece<double>(p, pieces.begin(i), n) : randn_piece<float>(p, pieces.begin(i), n);
+  }
+}
+
+void forward(const Problem& p, const Pieces& pieces, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; ++i)
+    p.wide ? forward_piece<double>(p, pieces, i) : forward_piece<float>(p, pieces, i);
+}
+
+void backward(const Problem& p, const Pieces& pieces, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; ++i)
+    p.wide ? backward_piece<double>(p, pieces, i) : backward_piece<float>(p, pieces, i);
+}
+
+void philox(const uint32_t counter[4], const uint32_t key[2], uint32_t words[4]) {
+  Lanes c[4];
+  for (int i = 0; i < 4; ++i) c[i] = Lanes{} + (uint64_t)counter[i];
+  philox4x32_10(c, key[0], key[1]);
+  for (int i = 0; i < 4; ++i) {
+    uint64_t lane;
+    std::memcpy(&lane, &c[i], sizeof lane);
+    words[i] = (uint32_t)lane;
+  }
+}
+
+void box_mullers(const uint32_t* radius, const uint32_t* angle, int pairs, float* eps) {
+#pragma omp simd
+  for (int i = 0; i < pairs; ++i) {
+    const Pair p = box_muller(radius[i], angle[i]);
+    eps[2 * i] = p.first;
+    eps[2 * i + 1] = p.second;
+  }
+}
+
+}  // namespace
+
+#define REPARAM_TEXT(x) #x
+#define REPARAM_NAME(x) REPARAM_TEXT(x)
+extern const Kernels REPARAM_ISA;
+const Kernels REPARAM_ISA = {REPARAM_NAME(REPARAM_ISA), randn, forward, backward, philox, box_mullers};
+
+}  // namespace reparam

@@ -1,0 +1,251 @@
+// The stages that the kernels are made of, each over one piece held in the first-level cache:
+// load -> clamp -> element (posterior against prior) -> noise -> z, kl or gradients -> store.
+#pragma once
+#include "math.h"
+#include "philox.h"
+#include "problem.h"
+
+namespace reparam {
+namespace {
+
+// ---- half precision, converted by integer arithmetic that vectorises
+
+REPARAM_INLINE float from_bf16(uint16_t h) { return bits<float>((uint32_t)h << 16); }
+
+REPARAM_INLINE uint16_t to_bf16(float x) {
+  const uint32_t b = bits<uint32_t>(x);
+  return x == x ? (uint16_t)((b + 0x7fffu + (b >> 16 & 1u)) >> 16) : (uint16_t)(b >> 16 | 0x40u);
+}
+
+REPARAM_INLINE float from_f16(uint16_t h) {
+  const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, m = h & 0x7fffu;
+  const float subnormal = (float)(int32_t)m * 0x1p-24f;
+  const float normal = bits<float>((m << 13) + (m < 0x7c00u ? 0x38000000u : 0x70000000u));
+  return bits<float>(bits<uint32_t>(m < 0x0400u ? subnormal : normal) | sign);
+}
+
+REPARAM_INLINE uint16_t to_f16(float x) {
+  const uint32_t b = bits<uint32_t>(x), sign = b >> 16 & 0x8000u, a = b & 0x7fffffffu;
+  const uint32_t normal = (a - 0x38000000u + 0xfffu + (a >> 13 & 1u)) >> 13;
+  const uint32_t subnormal = bits<uint32_t>(bits<float>(a) + 0.5f) - 0x3f000000u;  // the addition rounds
+  const uint32_t special = a > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  return (uint16_t)(sign | (a < 0x38800000u ? subnormal : a < 0x477ff000u ? normal : special));
+}
+
+// ---- load and store
+
+REPARAM_INLINE float decode(float x, float) { return x; }
+REPARAM_INLINE double decode(double x, double) { return x; }
+REPARAM_INLINE float decode(double x, float) { return (float)x; }
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+REPARAM_INLINE float decode(Bf16 x, float) { return from_bf16(x.bits); }
+REPARAM_INLINE float decode(F16 x, float) { return from_f16(x.bits); }
+REPARAM_INLINE void encode(float x, float& to) { to = x; }
+REPARAM_INLINE void encode(double x, double& to) { to = x; }
+REPARAM_INLINE void encode(float x, double& to) { to = x; }
+REPARAM_INLINE void encode(float x, Bf16& to) { to.bits = to_bf16(x); }
+REPARAM_INLINE void encode(float x, F16& to) { to.bits = to_f16(x); }
+
+template <class C, class Stored>
+inline void load_run(const Stored* from, int64_t stride, int n, C* to) {
+  if (stride == 1) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) to[i] = decode(from[i], C());
+  } else {
+    for (int i = 0; i < n; ++i) to[i] = decode(from[i * stride], C());
+  }
+}
+
+template <class C, class Stored>
+inline void store_run(const C* from, int64_t stride, int n, Stored* to) {
+  if (stride == 1) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) encode(from[i], to[i]);
+  } else {
+    for (int i = 0; i < n; ++i) encode(from[i], to[i * stride]);
+  }
+}
+
+// Calls body(offset, stride, at, length) for each run of memory that elements [first, first + n), in row-major order,
+// lie in.
+template <class Body>
+inline void for_runs(const Operand& t, int64_t first, int n, Body body) {
+  if (t.ndim == 0) return body((int64_t)0, (int64_t)0, 0, n);
+  int64_t index[kMaxDims], offset = 0, rest = first;
+  for (int k = t.ndim - 1; k >= 0; --k) {
+    index[k] = k > 0 ? rest % t.size[k] : rest;
+    rest = k > 0 ? rest / t.size[k] : 0;
+    offset += index[k] * t.stride[k];
+  }
+  const int inner = t.ndim - 1;
+  for (int done = 0; done < n;) {
+    const int64_t left = t.size[inner] - index[inner];
+    const int run = left < n - done ? (int)left : n - done;
+    body(offset, t.stride[inner], done, run);
+    done += run;
+    index[inner] += run;
+    offset += run * t.stride[inner];
+    for (int k = inner; k > 0 && index[k] == t.size[k]; --k) {
+      offset += t.stride[k - 1] - index[k] * t.stride[k];
+      index[k] = 0;
+      ++index[k - 1];
+    }
+  }
+}
+
+template <class C>
+constexpr Dtype kDtype = sizeof(C) == 4 ? Dtype::f32 : Dtype::f64;
+
+// True where elements lie one behind the other in the arithmetic's own type: they are used in place.
+template <class C>
+inline bool in_place(const Operand& t) {
+  return t.dtype == kDtype<C> && t.ndim == 1 && t.stride[0] == 1;
+}
+
+// Elements [first, first + n), in place or copied to `buffer`.
+template <class C>
+inline const C* load(const Operand& t, int64_t first, int n, C* buffer) {
+  if (in_place<C>(t)) return (const C*)t.data + first;
+  for_runs(t, first, n, [&](int64_t offset, int64_t stride, int at, int length) {
+    C* to = buffer + at;
+    if constexpr (sizeof(C) == 8) {
+      load_run((const double*)t.data + offset, stride, length, to);
+    } else {
+      switch (t.dtype) {
+        case Dtype::f32: return load_run((const float*)t.data + offset, stride, length, to);
+        case Dtype::f64: return load_run((const double*)t.data + offset, stride, length, to);
+        case Dtype::bf16: return load_run((const Bf16*)t.data + offset, stride, length, to);
+        case Dtype::f16: return load_run((const F16*)t.data + offset, stride, length, to);
+      }
+    }
+  });
+  return buffer;
+}
+
+// Where to write elements [first, ...): in place, or in `buffer` for store() to take from there.
+template <class C>
+inline C* target(const Operand& t, int64_t first, C* buffer) {
+  return in_place<C>(t) ? (C*)t.data + first : buffer;
+}
+
+template <class C>
+inline void store(const Operand& t, int64_t first, int n, const C* from) {
+  if (in_place<C>(t)) return;
+  for_runs(t, first, n, [&](int64_t offset, int64_t stride, int at, int length) {
+    if constexpr (sizeof(C) == 8) {
+      store_run(from + at, stride, length, (double*)t.data + offset);
+    } else {
+      switch (t.dtype) {
+        case Dtype::f32: return store_run(from + at, stride, length, (float*)t.data + offset);
+        case Dtype::f64: return store_run(from + at, stride, length, (double*)t.data + offset);
+        case Dtype::bf16: return store_run(from + at, stride, length, (Bf16*)t.data + offset);
+        case Dtype::f16: return store_run(from + at, stride, length, (F16*)t.data + offset);
+      }
+    }
+  });
+}
+
+// ---- noise
+
+constexpr int kSlack = 4 * kLanes + 4;  // noise is made in whole counters, a few before and after those asked for
+
+// eps[first, first + n) of one seed; `buffer` holds kPiece + kSlack.
+inline const float* noise_run(int64_t seed, int64_t first, int n, float* buffer) {
+  alignas(64) uint32_t radius[kPiece / 2 + kSlack], angle[kPiece / 2 + kSlack];
+  const int lead = (int)(first & 3), counters = (lead + n + 3) / 4;
+  philox_words(seed, (uint64_t)first >> 2, counters, radius, angle);
+#pragma omp simd
+  for (int i = 0; i < 2 * counters; ++i) {
+    const Pair p = box_muller(radius[i], angle[i]);
+    buffer[2 * i] = p.first;
+    buffer[2 * i + 1] = p.second;
+  }
+  return buffer + lead;
+}
+
+template <class C>
+struct Scratch {
+  alignas(64) C data[kPiece + kSlack];
+};
+
+// eps of elements [first, first + n) of mu in the given sample. The element index restarts with each seed's group.
+inline const float* noise(const Problem& p, int64_t sample, int64_t first, int n, Scratch<float>& out) {
+  const int64_t group = first / p.group, start = first - group * p.group;
+  if (start + n <= p.group) return noise_run(p.seed[group], sample * p.group + start, n, out.data);
+  Scratch<float> run;
+  for (int done = 0; done < n;) {
+    const int64_t g = (first + done) / p.group, within = first + done - g * p.group;
+    const int64_t left = p.group - within;
+    const int length = left < n - done ? (int)left : n - done;
+    const float* eps = noise_run(p.seed[g], sample * p.group + within, length, run.data);
+    for (int i = 0; i < length; ++i) out.data[done + i] = eps[i];
+    done += length;
+  }
+  return out.data;
+}
+
+// The noise of the call in the arithmetic's type: made here, or given by the user.
+inline const float* eps_of(const Problem& p, int64_t sample, int64_t first, int n, Scratch<float>& out) {
+  if (p.eps.data) return load(p.eps, sample * p.n + first, n, out.data);
+  return noise(p, sample, first, n, out);
+}
+inline const double* eps_of(const Problem& p, int64_t sample, int64_t first, int n, Scratch<double>& out) {
+  if (p.eps.data) return load(p.eps, sample * p.n + first, n, out.data);
+  Scratch<float> narrow;
+  const float* eps = noise(p, sample, first, n, narrow);
+  for (int i = 0; i < n; ++i) out.data[i] = eps[i];
+  return out.data;
+}
+
+// ---- inputs
+
+template <class C>
+struct Inputs {
+  const C *mu, *x, *mu_p, *x_p;
+  Scratch<C> mu_s, x_s, mu_p_s, x_p_s;
+
+  inline Inputs(const Problem& p, int64_t first, int n) : mu_p(nullptr), x_p(nullptr) {
+    mu = load(p.mu, first, n, mu_s.data);
+    x = load(p.x, first, n, x_s.data);
+    if (p.mu_p.data) {
+      mu_p = load(p.mu_p, first, n, mu_p_s.data);
+      x_p = load(p.x_p, first, n, x_p_s.data);
+    }
+  }
+};
+
+template <class C>
+REPARAM_INLINE C clamp(const Constants<C>& c, C x) {
+  return c.clamped ? (x < c.low ? c.low : x > c.high ? c.high : x) : x;  // keeps NaN
+}
+
+// 1 at a bound, 0 outside and for NaN, as torch.clamp.
+template <class C>
+REPARAM_INLINE C clamp_slope(const Constants<C>& c, C slope, C x) {
+  return c.clamped && !(x >= c.low && x <= c.high) ? C(0) : slope;
+}
+
+// ---- sums
+
+// The sum of n numbers in an order that n alone fixes: sixteen interleaved float64 sums, then a tree.
+template <class C>
+inline double ordered_sum(const C* k, int n) {
+  double sum[16] = {};
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+#pragma omp simd
+    for (int j = 0; j < 16; ++j) sum[j] += k[i + j];
+  }
+  for (int j = 0; i + j < n; ++j) sum[j] += k[i + j];
+  for (int width = 8; width > 0; width /= 2)
+    for (int j = 0; j < width; ++j) sum[j] += sum[j + width];
+  return sum[0];
+}
+
+}  // namespace
+}  // namespace reparam

@@ -1,0 +1,279 @@
+// The mathematics of one element, in IEEE add, mul, fma, div and sqrt in one fixed order, so that every instruction set
+// and Triton (backends/kernels.py, the same names) give the same bits. float64 uses the C library.
+#pragma once
+#include <cstdint>
+
+#include "problem.h"
+
+namespace reparam {
+namespace {
+
+template <class To, class From>
+REPARAM_INLINE To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  return __builtin_bit_cast(To, x);
+}
+
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+REPARAM_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+#else
+// Without the instruction: a * b is exact in float64; the sum is rounded to odd there, so that rounding it once more,
+// to float32, is as good as rounding once.
+REPARAM_INLINE float fma(float a, float b, float c) {
+  const double p = (double)a * b, s = p + c;
+  const double t = s - p, error = (p - (s - t)) + (c - t);
+  const int64_t i = bits<int64_t>(s);
+  const int64_t down = (error < 0) == (s > 0) ? 1 : 0;  // s went past the exact sum: step back towards zero
+  const int64_t odd = (i - down) | 1;
+  return (float)(error != 0 && error - error == 0 ? bits<double>(odd) : s);
+}
+#endif
+REPARAM_INLINE double fma(double a, double b, double c) { return a * b + c; }
+
+// Horner's rule, leading coefficient first.
+template <class... Rest>
+REPARAM_INLINE float horner(float x, float lead, Rest... rest) {
+  ((lead = fma(lead, x, rest)), ...);
+  return lead;
+}
+
+constexpr float kInf = __builtin_inff();
+constexpr float kNan = __builtin_nanf("");
+
+// ---- noise
+
+struct Pair {
+  float first, second;
+};
+
+// Two words to two normals: r(x) cos t(y), r(x) sin t(y), with r = sqrt(-2 ln u), u = (x + 1/2) / 2^32 and
+// t = 2 pi (y + 1/2) / 2^32.
+REPARAM_INLINE Pair box_muller(uint32_t x, uint32_t y) {
+  const int32_t xi = (int32_t)x;
+  const float v = fma((float)xi, 0x1p-32f, 0x1p-33f);  // u, or u - 1 in the upper half: u never rounds to 1
+  const int32_t b = bits<int32_t>(v), m = (b & 0x7fffff) | 0x3f000000;
+  const float f = xi < 0 ? v : bits<float>(m) - 1.f;  // mantissa in [1/2, 1): both terms of the log are >= 0
+  const int32_t e = xi < 0 ? 0 : b - m;               // exponent * 2^23
+  const float q = horner(f, 2.321223736f, 2.072345257f, 1.503254056f, -.1016341075f, .5393293500f, -.6642580628f,
+                         1.000049233f, -2.f);
+  const float r = __builtin_sqrtf(fma(f, q, (float)e * -1.6525917e-7f));
+  const uint32_t y2 = y << 1;  // a half turn less: cos and sin both change their sign
+  const float sr = bits<float>(bits<uint32_t>(r) ^ ((y ^ y2) & 0x80000000u));
+  const float t = fma((float)(int32_t)y2, 0x1p-31f, 0x1p-31f), w = t * t;
+  const float sn = t * horner(w, 1.492839947e-4f, -4.668947775e-3f, 7.968617976e-2f, -.6459627748f, 1.570796251f);
+  const float cs = horner(w, 8.594021783e-4f, -2.081347443e-2f, .2536529601f, -1.233698845f, 1.f);
+  return {sr * cs, sr * sn};
+}
+
+// ---- exp, log
+
+struct Exp {
+  float sigma, d, q2, n;
+};
+
+// sigma = exp(lv / 2) and d = expm1(lv / 2), each to full relative accuracy: 2^n times a polynomial in the rest.
+REPARAM_INLINE Exp exp_half(float lv) {
+  const float l = lv < -176.f ? -176.f : lv;  // keeps NaN
+  float t = fma(l, .721347520f, 12583039.f);
+  t = t < 12583166.f ? t : 12583166.f;
+  const float n = t - 12583039.f, r = fma(n, -1.38629436f, l), r2 = r * r;
+  const float scale = bits<float>(bits<int32_t>(t) << 23);
+  const float q2 = horner(r, 2.172787572e-5f, 2.613425895e-4f, 2.604172565e-3f, 2.083322406e-2f, .125f) * r2;
+  const float q = fma(.5f, r, q2);
+  return {fma(q, scale, scale), fma(q, scale, scale - 1.f), q2, n};
+}
+
+REPARAM_INLINE float expm1_twice(const Exp& e) { return fma(e.d, e.sigma, e.d); }  // expm1(lv)
+
+// expm1(lv) - lv, without the cancellation near 0.
+REPARAM_INLINE float expm1_minus(const Exp& e, float lv) {
+  return fma(e.d, e.d, e.n == 0.f ? e.q2 + e.q2 : fma(2.f, e.d, -lv));
+}
+
+// u = 2^e (1 + h), 1 + h in [sqrt(1/2), sqrt(2)); with w = u - 1 given, h loses nothing to the rounding of u.
+struct Split {
+  float e, h;
+};
+REPARAM_INLINE Split split(float u, float w) {
+  const int32_t e = (bits<int32_t>(u) - 0x3f3504f3) >> 23;
+  const float scale = bits<float>((127 - e) << 23);
+  return {(float)e, fma(w, scale, scale - 1.f)};
+}
+
+// h - log1p(h) = h * h * series(h) on the range of Split.
+REPARAM_INLINE float series(float h) {
+  return horner(h, 7.656288147e-2f, -.1275399923f, .1315043867f, -.1420175880f, .1662365347f, -.2000127435f,
+                .2500089109f, -.3333333135f, .4999999702f);
+}
+
+constexpr float kLn2Hi = .693145752f, kLn2Lo = 1.42860677e-6f;  // e * kLn2Hi is exact
+
+REPARAM_INLINE float log1p(Split s) { return fma(s.e, kLn2Hi, fma(s.e, kLn2Lo, fma(-(s.h * s.h), series(s.h), s.h))); }
+REPARAM_INLINE float log1p(float w) { return log1p(split(1.f + w, w)); }  // w >= 0, finite
+
+REPARAM_INLINE float log(float u) {
+  const bool tiny = u < 0x1p-126f;
+  const float v = tiny ? u * 0x1p24f : u;
+  Split s = split(v, v - 1.f);
+  s.h = fma(v, bits<float>((127 - (int32_t)s.e) << 23), -1.f);
+  s.e -= tiny ? 24.f : 0.f;
+  return u > 0.f ? (u < kInf ? log1p(s) : u) : (u == 0.f ? -kInf : kNan);
+}
+
+REPARAM_INLINE float expm1(float x) { return exp_half(2.f * x).d; }
+
+// ---- softplus
+
+struct Softplus {
+  float value, slope;
+};
+
+REPARAM_INLINE Softplus softplus(float x) {
+  const float t = exp_half(-2.f * __builtin_fabsf(x)).sigma;
+  const float s = 1.f / (1.f + t);
+  return {(x < 0.f ? 0.f : x) + log1p(t), x < 0.f ? t * s : s};
+}
+
+// softplus(x) - softplus(y), without the cancellation where they are close; y = hi + lo; slopes are the sigmoids.
+REPARAM_INLINE float softplus_difference(float x, Softplus sx, float hi, float lo, Softplus sy) {
+  const float v = (x - hi) - lo, size = __builtin_fabsf(v);
+  const float near = log1p((v < 0.f ? sx.slope : sy.slope) * expm1(size < 16.f ? size : 16.f));
+  const bool close = size < 16.f && sx.value < 2.5f * sy.value && sy.value < 2.5f * sx.value;
+  return close ? (v < 0.f ? -near : near) : sx.value - sy.value;
+}
+
+// ---- one element of the latent layer
+
+// sigma and kl, the only two functions of the posterior, and their slopes:
+// z = mu + sigma eps; dsigma = dsigma/dx, dkl_x = dkl/dx, dkl_mu = dkl/dmu = -dkl/dmu_p, dkl_xp = dkl/dx_p.
+template <class C>
+struct Element {
+  C sigma, kl, dsigma, dkl_x, dkl_mu, dkl_xp;
+};
+
+template <class C>
+struct Constants {
+  C min_std, low, high;
+  bool clamped;
+  C unit_hi, unit_lo, unit_slope;  // softplus(unit) + min_std = 1, and sigmoid(unit)
+
+  explicit Constants(const Options& o) : min_std((C)o.min_std), low((C)o.low), high((C)o.high), clamped(o.clamped) {
+    const double unit = o.min_std < 1 ? __builtin_log(__builtin_expm1(1 - o.min_std)) : -__builtin_inf();
+    unit_hi = (C)unit;
+    unit_lo = o.min_std < 1 ? (C)(unit - unit_hi) : C(0);
+    unit_slope = o.min_std < 1 ? (C)-__builtin_expm1(o.min_std - 1) : C(0);
+  }
+};
+
+// From the logarithms: d = 2 (log sigma - log sigma_p).
+template <bool kPrior>
+REPARAM_INLINE Element<float> from_log(float scale, float mu, float lv, float mu_p, float lvp) {
+  const Exp e = exp_half(lv);
+  Element<float> out;
+  out.sigma = e.sigma;
+  out.dsigma = scale * e.sigma;
+  float delta = mu, em1 = expm1_twice(e), k = expm1_minus(e, lv);
+  out.dkl_mu = mu;
+  if constexpr (kPrior) {
+    const float d = lv - lvp, back = d - lv;
+    const float rest = (lv - (d - back)) - (lvp + back);  // d + rest is lv - lvp exactly
+    const Exp r = exp_half(d);
+    const float inverse = exp_half(-lvp).sigma;
+    em1 = expm1_twice(r);
+    k = expm1_minus(r, d);
+    k = k < kInf ? fma(em1, rest, k) : k;  // where k is infinite, the correction may be NaN
+    delta = (mu - mu_p) * inverse;
+    out.dkl_mu = delta * inverse;
+  }
+  out.kl = .5f * fma(delta, delta, k);
+  out.dkl_x = scale * em1;
+  out.dkl_xp = -scale * fma(delta, delta, em1);
+  return out;
+}
+
+// From the standard deviations: f = sigma / sigma_p - 1, given as its numerator.
+template <bool kPrior>
+REPARAM_INLINE Element<float> from_std(float mu, float sigma, float slope, float mu_p, float sigma_p, float slope_p,
+                                       float numerator) {
+  const float inverse = kPrior ? 1.f / sigma_p : 1.f;
+  const float f = kPrior ? numerator / sigma_p : numerator, q = kPrior ? sigma / sigma_p : sigma;
+  const Split p = split(1.f + f, f);
+  const float g = fma(-p.e, kLn2Hi, f - p.h) + fma(-p.e, kLn2Lo, p.h * p.h * series(p.h));  // f - log1p(f)
+  const float above = fma(f, f, g + g);
+  const float below = fma(-2.f, log(q), fma(q, q, -1.f));
+  const float k = f < -.6f ? below : f < 0x1p62f ? above : f * f;  // keeps NaN
+  const float em1 = fma(f, f, f + f);
+  const float delta = kPrior ? (mu - mu_p) * inverse : mu;
+  Element<float> out;
+  out.sigma = sigma;
+  out.dsigma = slope;
+  out.kl = .5f * fma(delta, delta, k);
+  out.dkl_x = em1 / sigma * slope;
+  out.dkl_mu = delta * inverse;
+  out.dkl_xp = -fma(delta, delta, em1) * inverse * slope_p;
+  return out;
+}
+
+template <Param kParam, bool kPrior>
+REPARAM_INLINE Element<float> element(const Constants<float>& c, float mu, float x, float mu_p, float x_p) {
+  if constexpr (kParam == Param::logvar) {
+    return from_log<kPrior>(.5f, mu, x, mu_p, x_p);
+  } else if constexpr (kParam == Param::logstd) {
+    return from_log<kPrior>(1.f, mu, x + x, mu_p, x_p + x_p);
+  } else if constexpr (kParam == Param::std) {
+    return from_std<kPrior>(mu, x, 1.f, mu_p, x_p, 1.f, x - (kPrior ? x_p : 1.f));
+  } else {
+    const Softplus s = softplus(x);
+    if constexpr (kPrior) {
+      const Softplus p = softplus(x_p);
+      return from_std<true>(mu, s.value + c.min_std, s.slope, mu_p, p.value + c.min_std, p.slope,
+                            softplus_difference(x, s, x_p, 0.f, p));
+    } else {
+      const float numerator = softplus_difference(x, s, c.unit_hi, c.unit_lo, {1.f - c.min_std, c.unit_slope});
+      return from_std<false>(mu, s.value + c.min_std, s.slope, 0.f, 1.f, 0.f, numerator);
+    }
+  }
+}
+
+// float64: the formulas of the contract as they stand; expm1 and log1p of the C library keep the small differences.
+template <Param kParam, bool kPrior>
+REPARAM_INLINE Element<double> element(const Constants<double>& c, double mu, double x, double mu_p, double x_p) {
+  Element<double> out;
+  double sigma_p = 1, em1, k, dl = 1, dl_p = 1;  // dl = d log sigma / dx
+  if constexpr (kParam == Param::logvar || kParam == Param::logstd) {
+    dl = dl_p = kParam == Param::logvar ? .5 : 1;
+    out.sigma = __builtin_exp(dl * x);
+    out.dsigma = dl * out.sigma;
+    const double d = 2 * dl * (kPrior ? x - x_p : x);
+    if constexpr (kPrior) sigma_p = __builtin_exp(dl * x_p);
+    em1 = __builtin_expm1(d);
+    k = em1 - d;
+    out.dkl_x = dl * em1;
+  } else {
+    out.sigma = x;
+    out.dsigma = 1;
+    if constexpr (kPrior) sigma_p = x_p;
+    if constexpr (kParam == Param::softplus) {
+      const double t = __builtin_exp(-__builtin_fabs(x)), t_p = __builtin_exp(-__builtin_fabs(x_p));
+      out.sigma = (x < 0 ? 0 : x) + __builtin_log1p(t) + c.min_std;
+      out.dsigma = (x < 0 ? t : 1) / (1 + t);
+      if constexpr (kPrior) {
+        sigma_p = (x_p < 0 ? 0 : x_p) + __builtin_log1p(t_p) + c.min_std;
+        dl_p = (x_p < 0 ? t_p : 1) / (1 + t_p);
+      }
+    }
+    dl_p /= sigma_p;
+    const double f = (out.sigma - sigma_p) / sigma_p;
+    em1 = f * (f + 2);
+    k = f * f + 2 * (f - __builtin_log1p(f));
+    out.dkl_x = em1 / out.sigma * out.dsigma;
+  }
+  const double delta = kPrior ? (mu - mu_p) / sigma_p : mu;
+  out.kl = .5 * (delta * delta + k);
+  out.dkl_mu = delta / sigma_p;
+  out.dkl_xp = -(em1 + delta * delta) * dl_p;
+  return out;
+}
+
+}  // namespace
+}  // namespace reparam

@@ -1,0 +1,85 @@
+// Philox4x32-10: random words named by a key and a counter (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as
+// easy as 1, 2, 3", SC 2011). Words only; math.h makes normals of them.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace reparam {
+namespace {  // each instruction set compiles its own copy
+
+// Each 32-bit word sits in the low half of a 64-bit lane, so one widening multiply gives both halves of a product. The
+// high halves may hold rubbish: multiplication does not read them.
+#if defined(__AVX512F__)
+constexpr int kLanes = 8;
+#elif defined(__AVX2__)
+constexpr int kLanes = 4;
+#elif defined(__SSE2__) || defined(__ARM_NEON)
+constexpr int kLanes = 2;
+#else
+constexpr int kLanes = 1;
+#endif
+
+#if defined(__GNUC__)
+typedef uint64_t Lanes __attribute__((vector_size(8 * kLanes)));
+#else
+typedef uint64_t Lanes;
+static_assert(kLanes == 1, "vector lanes need GCC's vector types");
+#endif
+
+inline Lanes multiply_low_halves(Lanes a, Lanes b) {
+#if defined(__AVX512F__)
+  return (Lanes)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);  // the plain form warns in GCC 12
+#elif defined(__AVX2__)
+  return (Lanes)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (Lanes)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#elif defined(__ARM_NEON)
+  return (Lanes)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+constexpr uint64_t kLowHalf = 0xffffffffu;
+
+inline void philox4x32_10(Lanes c[4], uint32_t key0, uint32_t key1) {
+  const Lanes m0 = Lanes{} + 0xD2511F53u, m1 = Lanes{} + 0xCD9E8D57u;
+  for (int round = 0; round < 10; ++round) {
+    const Lanes p0 = multiply_low_halves(c[0], m0), p1 = multiply_low_halves(c[2], m1);
+    c[0] = (p1 >> 32) ^ c[1] ^ (uint64_t)key0;
+    c[1] = p1;
+    c[2] = (p0 >> 32) ^ c[3] ^ (uint64_t)key1;
+    c[3] = p0;
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+}
+
+// The words of counters first, first + 1, ...: radius takes (x0, x2) of each counter, angle (x1, x3). count is rounded
+// up to a multiple of kLanes.
+inline void philox_words(int64_t seed, uint64_t first, int count, uint32_t* radius, uint32_t* angle) {
+  const uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)((uint64_t)seed >> 32);
+  Lanes lane{};
+#if defined(__GNUC__)
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+#endif
+  for (int i = 0; i < count; i += kLanes) {
+    const Lanes counter = lane + (first + (uint64_t)i);
+    Lanes c[4] = {counter, counter >> 32, Lanes{}, Lanes{}};
+    philox4x32_10(c, key0, key1);
+    const Lanes r = (c[0] & kLowHalf) | (c[2] << 32), a = (c[1] & kLowHalf) | (c[3] << 32);
+    std::memcpy(radius + 2 * i, &r, sizeof r);  // little-endian, as every target here is
+    std::memcpy(angle + 2 * i, &a, sizeof a);
+  }
+}
+
+}  // namespace
+}  // namespace reparam

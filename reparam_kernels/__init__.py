@@ -1,0 +1,15 @@
+"""Fused Gaussian reparameterisation and KL for variational autoencoders; the noise is named, never stored."""
+
+from . import reference
+from .api import NOISE_VERSION, kl_divergence, randn, reparameterize, reparameterize_kl
+from .backends import backend_for
+
+__all__ = [
+    "NOISE_VERSION",
+    "backend_for",
+    "kl_divergence",
+    "randn",
+    "reference",
+    "reparameterize",
+    "reparameterize_kl",
+]

@@ -1,0 +1,207 @@
+"""The public functions: each checks its arguments, then hands one Call to the executors."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, executors, reference
+from .spec import prepare, take_seed
+
+NOISE_VERSION = 1
+
+
+def randn(
+    *size: Any,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    layout: torch.layout = torch.strided,
+    device: torch.device | str | int | None = None,
+    requires_grad: bool = False,
+    pin_memory: bool = False,
+) -> Tensor:
+    """Draw standard normals, the very noise that the sampling ops use.
+
+        eps[i] = Box-Muller(Philox4x32-10(key = seed, counter = i // 4))[i % 4]
+
+    Element i, in row-major order, depends on the seed and i alone: not on dtype, device or thread count.
+
+    Args:
+        size: ints, or one tuple of ints, as for torch.randn.
+        seed: int in [0, 2**63), or an int64 tensor of one element or of size[0] elements, one for each leading item,
+            the element index restarting in each. Default: drawn from the generator.
+        generator: the torch.Generator that the seed is drawn from; default torch's own.
+        out, dtype, layout, device, requires_grad, pin_memory: as for torch.randn; float16, bfloat16, float32 (made in
+            float32, then rounded) or float64 (widened).
+
+    Returns:
+        eps of the given size.
+
+    Raises:
+        TypeError, ValueError: a seed out of range or of the wrong kind; a dtype that is not one of the four.
+
+    Source:
+        Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Box and Muller, 1958.
+
+    Example:
+        >>> import reparam_kernels as rk
+        >>> rk.randn(4, seed=7)
+        tensor([ 2.9158e-04, -3.0485e-01,  1.7888e+00,  1.0679e+00])
+    """
+    result = torch.empty(
+        *size, out=out, dtype=dtype, layout=layout, device=device, pin_memory=pin_memory
+    )
+    checks.floating("randn", "dtype", result)
+    items = result.shape[0] if result.dim() else None
+    seeds = take_seed("randn", seed, generator, result.device, items)
+    with torch.no_grad():
+        fill = result if result.is_contiguous() else torch.empty_like(result, memory_format=torch.contiguous_format)
+        if backends.has_kernels(result.device):
+            backends.of(result.device).randn(fill, seeds)
+        else:
+            fill.copy_(reference.noise(seeds, tuple(result.shape)).float())
+        if fill is not result:
+            result.copy_(fill)
+    return result.requires_grad_(requires_grad) if requires_grad else result
+
+
+def reparameterize(
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    eps: Tensor | None = None,
+    sample_shape: tuple[int, ...] = (),
+    param: str = "logvar",
+    min_std: float = 0.0,
+    clamp: tuple[float, float] | None = None,
+) -> Tensor:
+    """Draw z ~ N(mu, sigma^2) with gradients to mu and logvar, in one pass; the noise is not stored.
+
+        z = mu + sigma * eps,  sigma = exp(logvar / 2),  eps = randn(*z.shape, seed=seed)
+
+    Args:
+        mu: mean, any shape and strides; float16, bfloat16, float32 or float64.
+        logvar: log variance, or what `param` says; shape, dtype and device of mu.
+        seed: int in [0, 2**63), or an int64 tensor on mu's device of one element or of mu.shape[0] elements: one for
+            each leading item, the element index restarting in each. Default: drawn from the generator.
+        generator: the torch.Generator that the seed is drawn from; default torch's own, so torch.manual_seed governs.
+        eps: use this noise (mu's dtype, z's shape) instead. At most one of seed, generator, eps.
+        sample_shape: leading sample dims; z has shape sample_shape + mu.shape.
+        param: "logvar"; "logstd", sigma = exp(x); "std", sigma = x; "softplus", sigma = log(1 + exp(x)) + min_std.
+        min_std: floor of sigma, for "softplus".
+        clamp: (low, high) on the second argument first; gradient 0 outside, as torch.clamp.
+
+    Returns:
+        z, of mu's dtype: computed in float32 (float64 for float64), rounded once.
+
+    Raises:
+        TypeError, ValueError: where the shapes, dtypes, devices or options do not fit; nothing is broadcast, cast or
+            moved silently. Inside torch.autocast mixed floats promote to the widest.
+
+    Source:
+        Kingma and Welling, "Auto-Encoding Variational Bayes", 2014, section 2.4.
+
+    Example:
+        >>> import torch, reparam_kernels as rk
+        >>> mu, logvar = torch.zeros(2, 2), torch.zeros(2, 2)
+        >>> rk.reparameterize(mu, logvar, seed=7)
+        tensor([[ 2.9158e-04, -3.0485e-01],
+                [ 1.7888e+00,  1.0679e+00]])
+    """
+    call = prepare(
+        "reparameterize", mu, logvar, z=True, seed=seed, generator=generator, eps=eps, sample_shape=sample_shape,
+        param=param, min_std=min_std, clamp=clamp,
+    )  # fmt: skip
+    z, _ = executors.run(call)
+    return z  # type: ignore[return-value]
+
+
+def kl_divergence(
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    event_ndim: int | None = None,
+    prior: tuple[Tensor | float, Tensor | float] | None = None,
+    param: str = "logvar",
+    min_std: float = 0.0,
+    clamp: tuple[float, float] | None = None,
+) -> Tensor:
+    """Compute KL(N(mu, sigma^2) || N(0, I)), or against a prior, accurate however small it is.
+
+        kl = sum (delta^2 + expm1(d) - d) / 2,  delta = (mu - mu_p) / sigma_p,  d = 2 log(sigma / sigma_p)
+
+    Args:
+        mu, logvar, param, min_std, clamp: as for reparameterize.
+        event_ndim: how many trailing dims of mu the KL sums over. Default: all but the first (all, for 1-D). 0: the
+            elementwise KL.
+        prior: None for N(0, I), or (mu_p, second_p): tensors that expand to the shape of mu, or Python numbers; read
+            with the same param and min_std, never clamped; gradients in their own shape.
+
+    Returns:
+        kl in nats, float32 (float64 for float64), of shape mu.shape[:mu.dim() - event_ndim]. Relative error at most
+        1e-6, near zero too.
+
+    Raises:
+        TypeError, ValueError: as reparameterize; a prior that does not expand, or a number that is not finite.
+
+    Source:
+        Kingma and Welling, "Auto-Encoding Variational Bayes", 2014, appendix B.
+
+    Example:
+        >>> import torch, reparam_kernels as rk
+        >>> rk.kl_divergence(torch.ones(2, 3), torch.zeros(2, 3))
+        tensor([1.5000, 1.5000])
+    """
+    call = prepare(
+        "kl_divergence", mu, logvar, kl=True, event_ndim=event_ndim, prior=prior, param=param, min_std=min_std,
+        clamp=clamp,
+    )  # fmt: skip
+    _, kl = executors.run(call)
+    return kl  # type: ignore[return-value]
+
+
+def reparameterize_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    eps: Tensor | None = None,
+    sample_shape: tuple[int, ...] = (),
+    event_ndim: int | None = None,
+    prior: tuple[Tensor | float, Tensor | float] | None = None,
+    param: str = "logvar",
+    min_std: float = 0.0,
+    clamp: tuple[float, float] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw z and compute its KL in one pass: the whole latent layer of a variational autoencoder.
+
+        z = mu + sigma * eps,  kl = KL(N(mu, sigma^2) || prior)
+
+    Args:
+        The keywords of reparameterize and of kl_divergence. kl never has sample dims.
+
+    Returns:
+        (z, kl), as the two functions return them.
+
+    Raises:
+        TypeError, ValueError: as the two functions.
+
+    Source:
+        Kingma and Welling, "Auto-Encoding Variational Bayes", 2014, equation 10.
+
+    Example:
+        >>> import torch, reparam_kernels as rk
+        >>> z, kl = rk.reparameterize_kl(torch.ones(2, 3), torch.zeros(2, 3), seed=7)
+        >>> z.shape, kl
+        (torch.Size([2, 3]), tensor([1.5000, 1.5000]))
+    """
+    call = prepare(
+        "reparameterize_kl", mu, logvar, z=True, kl=True, seed=seed, generator=generator, eps=eps,
+        sample_shape=sample_shape, event_ndim=event_ndim, prior=prior, param=param, min_std=min_std, clamp=clamp,
+    )  # fmt: skip
+    return executors.run(call)  # type: ignore[return-value]

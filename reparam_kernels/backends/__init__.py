@@ -1,0 +1,89 @@
+"""The table from device to backend. A backend is a module with randn, forward and backward."""
+
+import importlib.util
+import os
+import warnings
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+NAMES = ("cpu", "triton", "reference")
+FORCED = os.environ.get("REPARAM_BACKEND")
+if FORCED is not None and FORCED not in NAMES:
+    raise ValueError(
+        f"REPARAM_BACKEND: must be one of {', '.join(NAMES)}; got {FORCED!r}. Correct it, or unset it."
+    )
+
+
+def cpu_missing() -> str | None:
+    """Why there is no CPU kernel, or None where there is one."""
+    try:
+        from . import cpu  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def triton_missing() -> str | None:
+    return None if importlib.util.find_spec("triton") else "No module named 'triton'"
+
+
+def interpreting() -> bool:
+    """Triton's interpreter runs its kernels on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def name_of(device_type: str) -> str:
+    """The backend for a type of device; the first fallback of each warns."""
+    if FORCED == "reference" or device_type == "meta":
+        return "reference"
+    if FORCED == "triton" or (FORCED is None and device_type in ("cuda", "xpu")):
+        name, takes, why = "triton", device_type in ("cuda", "xpu") or interpreting(), triton_missing()
+    else:
+        name, takes, why = "cpu", device_type == "cpu", cpu_missing() if device_type == "cpu" else None
+    if takes and why is None:
+        return name
+    if FORCED is not None:
+        got = why or f"a tensor on {device_type}"
+        raise RuntimeError(
+            f"REPARAM_BACKEND={FORCED}: every tensor must be one that this backend takes; got {got}. "
+            "Unset REPARAM_BACKEND, or set TRITON_INTERPRET=1 to run the Triton kernels on CPU tensors."
+        )
+    why = why or f"no kernels for {device_type}"
+    warnings.warn(f"reparam_kernels: runs in plain torch on {device_type}, slower: {why}.", stacklevel=2)
+    return "reference"
+
+
+def has_kernels(device: torch.device) -> bool:
+    return name_of(device.type) != "reference"
+
+
+def of(device: torch.device) -> ModuleType:
+    """The backend's module, imported when first needed."""
+    if name_of(device.type) == "cpu":
+        from . import cpu
+
+        return cpu
+    from . import triton
+
+    return triton
+
+
+def backend_for(tensor: Tensor) -> str:
+    """Name the backend that a tensor's device gets: "cpu", "triton" or "reference".
+
+    Args:
+        tensor: any tensor.
+
+    Raises:
+        RuntimeError: REPARAM_BACKEND forces a backend that cannot take the tensor.
+
+    Example:
+        >>> import torch, reparam_kernels as rk
+        >>> rk.backend_for(torch.zeros(3))
+        'cpu'
+    """
+    return name_of(tensor.device.type)

@@ -1,0 +1,141 @@
+"""One call, checked and put in order: what is asked (Spec) and of which tensors (Call)."""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+
+class Spec(NamedTuple):
+    """What is asked of a call, besides its tensors."""
+
+    z: bool
+    kl: bool
+    sample_shape: tuple[int, ...]
+    event_ndim: int
+    param: str
+    min_std: float
+    clamp: tuple[float, float] | None
+    packed: int | None  # the dim along which mu holds mu and x; x is None then
+
+
+class Call(NamedTuple):
+    """A call ready to run. x is the second argument, read as spec.param says; the prior has the shape of mu."""
+
+    mu: Tensor
+    x: Tensor | None
+    mu_p: Tensor | None
+    x_p: Tensor | None
+    seed: Tensor | None
+    eps: Tensor | None
+    spec: Spec
+
+
+def unpacked(call: Call) -> tuple[Tensor, Tensor]:
+    """mu and x, as views of the moments where they come packed."""
+    if call.x is not None:
+        return call.mu, call.x
+    mu, x = call.mu.chunk(2, call.spec.packed or 0)
+    return mu, x
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic, and of the KL."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@lru_cache(maxsize=1024)
+def _spec(
+    where: str, ndim: int, z: bool, kl: bool, sample_shape: Any, event_ndim: Any, param: Any, min_std: Any,
+    clamp: Any, packed: int | None,
+) -> Spec:  # fmt: skip
+    min_std, clamp = checks.scale(where, param, min_std, clamp)
+    sample_shape = checks.sizes(where, "sample_shape", sample_shape)
+    event_ndim = checks.event_dims(where, event_ndim, ndim) if kl else 0
+    return Spec(z, kl, sample_shape, event_ndim, param, min_std, clamp, packed)
+
+
+def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """One random seed, the only draw of a call; no host synchronisation."""
+    if generator is None:
+        return torch.randint(0, 2**63 - 1, (1,), device=device)
+    return torch.randint(0, 2**63 - 1, (1,), device=generator.device, generator=generator).to(device)
+
+
+def take_seed(
+    where: str, seed: Any, generator: torch.Generator | None, device: torch.device, items: int | None
+) -> Tensor:
+    """The call's seed as an int64 tensor: drawn, or the user's."""
+    if seed is None:
+        return draw_seed(device, generator)
+    if isinstance(seed, Tensor):
+        checks.seed_tensor(where, seed, device, items)
+        return seed.reshape(-1).contiguous()
+    return torch.full((1,), checks.seed_in_range(where, seed), dtype=torch.int64, device=device)
+
+
+def _promote(tensors: list[Any]) -> list[Any]:
+    """Inside autocast, mixed floats promote to the widest."""
+    floats = [t for t in tensors if isinstance(t, Tensor) and t.dtype in checks.FLOATS]
+    if len({t.dtype for t in floats}) < 2 or not torch.is_autocast_enabled(floats[0].device.type):
+        return tensors
+    dtype = floats[0].dtype
+    for t in floats[1:]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return [t.to(dtype) if isinstance(t, Tensor) else t for t in tensors]
+
+
+def _take_prior(where: str, prior: Any, mu: Tensor, shape: torch.Size) -> list[Tensor]:
+    """The prior's two tensors, expanded to the shape of mu without a copy."""
+    out = []
+    for name, value in zip(("mu_p", "second_p"), checks.prior_pair(where, prior), strict=True):
+        if isinstance(value, Tensor):
+            checks.floating(where, name, value)
+            checks.like_mu(where, name, value, mu, shape=False)
+            checks.expands(where, name, value, shape)
+        else:
+            number = checks.prior_number(where, name, value)
+            value = torch.full((), number, dtype=accumulate_dtype(mu.dtype), device=mu.device)
+        out.append(value.expand(shape))
+    return out
+
+
+def prepare(
+    where: str, mu: Any, x: Any, *, z: bool = False, kl: bool = False, seed: Any = None, generator: Any = None,
+    eps: Any = None, sample_shape: Any = (), event_ndim: Any = None, prior: Any = None, param: Any = "logvar",
+    min_std: Any = 0.0, clamp: Any = None, packed: int | None = None,
+) -> Call:  # fmt: skip
+    """Checks the arguments of a public function and puts them in order; `where` is its name, for errors."""
+    if seed is not None or generator is not None or eps is not None:
+        checks.one_source(where, seed, generator, eps)
+    checks.floating(where, "mu", mu)
+    if packed is None:
+        checks.floating(where, "logvar", x)
+        if mu.dtype != x.dtype or prior is not None or eps is not None:
+            mu, x, eps, *prior_tensors = _promote([mu, x, eps, *(prior if isinstance(prior, (tuple, list)) else ())])
+            prior = prior_tensors if isinstance(prior, (tuple, list)) else prior
+        if mu.dtype != x.dtype or mu.device != x.device or mu.shape != x.shape:
+            checks.like_mu(where, "logvar", x, mu)
+        shape = mu.shape
+    else:
+        shape = mu.shape[:packed] + (mu.shape[packed] // 2,) + mu.shape[packed + 1 :]
+    if isinstance(clamp, list):
+        clamp = tuple(clamp)
+    if isinstance(sample_shape, list):
+        sample_shape = tuple(sample_shape)
+    spec = _spec(where, len(shape), z, kl, sample_shape, event_ndim, param, min_std, clamp, packed)
+    mu_p = x_p = None
+    if prior is not None:
+        mu_p, x_p = _take_prior(where, prior, mu, shape)
+    if not z:
+        seed = None
+    elif eps is None:
+        seed = take_seed(where, seed, generator, mu.device, shape[0] if shape else None)
+    else:
+        checks.floating(where, "eps", eps)
+        checks.like_mu(where, "eps", eps, mu, shape=False)
+        checks.eps_shape(where, eps, spec.sample_shape + tuple(shape))
+    return Call(mu, x, mu_p, x_p, seed, eps, spec)

@@ -1,0 +1,66 @@
+"""Builds reparam_kernels._C: kernels.cpp once for each instruction set, the rest once, no torch headers."""
+
+import platform
+import tempfile
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+
+# Rounding is part of the contract: nothing may be contracted, reordered or assumed.
+KERNEL_FLAGS = [
+    "-O3", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden",
+]  # fmt: skip
+if platform.machine().lower() in ("x86_64", "amd64"):
+    LEVELS = {
+        "baseline": ["-march=x86-64"],
+        "avx2": ["-march=x86-64-v3"],
+        "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    }
+else:
+    LEVELS = {"neon" if platform.machine().lower() in ("arm64", "aarch64") else "portable": []}
+
+
+class BuildPerInstructionSet(build_ext):
+    """Compiles csrc/kernels.cpp with each level's flags and links all of the objects into the one module."""
+
+    def build_extension(self, ext):
+        openmp = ["-fopenmp"] if self.compiles_openmp() else []
+        names = list(LEVELS)
+        macros = [("REPARAM_X86_LEVELS", None)] if len(names) > 1 else [("REPARAM_ISA", names[0])]
+        ext.define_macros += macros
+        ext.extra_compile_args += ["-O2", *openmp]
+        ext.extra_link_args += openmp
+        for name, flags in LEVELS.items():
+            ext.extra_objects += self.compiler.compile(
+                ["csrc/kernels.cpp"],
+                output_dir=str(Path(self.build_temp) / name),
+                macros=[("REPARAM_ISA", name)],
+                extra_postargs=["-std=c++17", *KERNEL_FLAGS, *flags],
+                depends=ext.depends,
+            )
+        super().build_extension(ext)
+
+    def compiles_openmp(self):
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "probe.cpp"
+            source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+            try:
+                objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=["-fopenmp"])
+                self.compiler.link_executable(objects, str(Path(folder) / "probe"), extra_postargs=["-fopenmp"])
+            except Exception:  # whatever the compiler says, the answer is no
+                return False
+        return True
+
+
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "reparam_kernels._C",
+            ["csrc/bindings.cpp", "csrc/dispatch.cpp"],
+            depends=[str(path) for path in Path("csrc").glob("*.h")],
+            cxx_std=17,
+        )
+    ],
+    cmdclass={"build_ext": BuildPerInstructionSet},
+)
