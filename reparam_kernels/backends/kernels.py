@@ -1,0 +1,510 @@
+"""The Triton kernels: randn, forward, backward, and the sum of a row's parts.
+
+The mathematics of one element is csrc/math.h line for line, under the same names: IEEE add, mul, fma and sqrt in one
+order, so eps and float32 z have the same bits as in C++.
+
+A kernel sees rows x cols elements in tiles of ROWS x BLOCK lanes. A lane is a position in whole groups of four, since
+one Philox counter makes four normals: lane = position + lead, where a row whose noise starts inside a group leads with
+the lanes that belong to the row before it. Row r of an operand starts at r // nest * outer + r % nest * step.
+"""
+
+import triton
+import triton.language as tl
+
+LOGVAR, LOGSTD, STD, SOFTPLUS = (tl.constexpr(i) for i in range(4))  # param
+# Where eps comes from: nowhere; the user; groups of four that start with each row; that start before it; or lane by
+# lane, where the samples of a row start at different places of a group.
+NONE, GIVEN, ALIGNED, LED, LANEWISE = (tl.constexpr(i) for i in range(5))
+
+
+# ---- noise
+
+
+@triton.jit
+def philox4x32_10(seed, counter):
+    """Four 32-bit words (Salmon et al., SC 2011): one widening multiply gives both halves of a product."""
+    low = counter.to(tl.uint64) & 0xFFFFFFFF
+    c0, c1 = low.to(tl.uint32), (counter.to(tl.uint64) >> 32).to(tl.uint32)
+    c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0)
+    k0, k1 = (seed.to(tl.uint64) & 0xFFFFFFFF).to(tl.uint32), (seed.to(tl.uint64) >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, (p1 & 0xFFFFFFFF).to(tl.uint32)
+        c2, c3 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, (p0 & 0xFFFFFFFF).to(tl.uint32)
+        k0 = ((k0.to(tl.uint64) + 0x9E3779B9) & 0xFFFFFFFF).to(tl.uint32)
+        k1 = ((k1.to(tl.uint64) + 0xBB67AE85) & 0xFFFFFFFF).to(tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def box_muller(x, y):
+    """Two words to two normals: r(x) cos t(y), r(x) sin t(y)."""
+    xi = x.to(tl.int32, bitcast=True)
+    upper = xi < 0
+    v = tl.fma(xi.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
+    b = v.to(tl.int32, bitcast=True)
+    m = (b & 0x7FFFFF) | 0x3F000000
+    f = tl.where(upper, v, m.to(tl.float32, bitcast=True) - 1.0)
+    e = tl.where(upper, 0, b - m)
+    q = tl.fma(f, 2.321223736, 2.072345257)
+    q = tl.fma(q, f, 1.503254056)
+    q = tl.fma(q, f, -0.1016341075)
+    q = tl.fma(q, f, 0.5393293500)
+    q = tl.fma(q, f, -0.6642580628)
+    q = tl.fma(q, f, 1.000049233)
+    q = tl.fma(q, f, -2.0)
+    r = tl.sqrt_rn(tl.fma(f, q, e.to(tl.float32) * -1.6525917e-7))
+    y2 = y << 1
+    sr = (r.to(tl.uint32, bitcast=True) ^ ((y ^ y2) & 0x80000000)).to(tl.float32, bitcast=True)
+    t = tl.fma(y2.to(tl.int32, bitcast=True).to(tl.float32), 4.656612873077393e-10, 4.656612873077393e-10)
+    w = t * t
+    sn = tl.fma(w, 1.492839947e-4, -4.668947775e-3)
+    sn = tl.fma(sn, w, 7.968617976e-2)
+    sn = tl.fma(sn, w, -0.6459627748)
+    sn = t * tl.fma(sn, w, 1.570796251)
+    cs = tl.fma(w, 8.594021783e-4, -2.081347443e-2)
+    cs = tl.fma(cs, w, 0.2536529601)
+    cs = tl.fma(cs, w, -1.233698845)
+    cs = tl.fma(cs, w, 1.0)
+    return sr * cs, sr * sn
+
+
+@triton.jit
+def normals(seed, first_group, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """eps for BLOCK lanes from a group on; seed and first_group are [ROWS, 1]."""
+    group = first_group + tl.arange(0, BLOCK // 4)[None, :]
+    x0, x1, x2, x3 = philox4x32_10(seed, group)
+    n0, n1 = box_muller(x0, x1)
+    n2, n3 = box_muller(x2, x3)
+    return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [ROWS, BLOCK])
+
+
+@triton.jit
+def normal_at(seed, index):
+    """eps[index], each lane for itself."""
+    word = index % 4
+    x0, x1, x2, x3 = philox4x32_10(seed, index // 4)
+    cosine, sine = box_muller(tl.where(word < 2, x0, x2), tl.where(word < 2, x1, x3))
+    return tl.where(word % 2 == 0, cosine, sine)
+
+
+# ---- exp, log, softplus
+
+
+@triton.jit
+def exp_half(lv):
+    """sigma = exp(lv / 2), d = expm1(lv / 2), and what expm1_minus needs."""
+    bound = tl.where(lv < -176.0, -176.0, lv)
+    t = tl.fma(bound, 0.721347520, 12583039.0)
+    t = tl.where(t < 12583166.0, t, 12583166.0)
+    n = t - 12583039.0
+    r = tl.fma(n, -1.38629436, bound)
+    scale = (t.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+    q2 = tl.fma(r, 2.172787572e-5, 2.613425895e-4)
+    q2 = tl.fma(q2, r, 2.604172565e-3)
+    q2 = tl.fma(q2, r, 2.083322406e-2)
+    q2 = tl.fma(q2, r, 0.125) * (r * r)
+    q = tl.fma(r, 0.5, q2)
+    return tl.fma(q, scale, scale), tl.fma(q, scale, scale - 1.0), q2, n
+
+
+@triton.jit
+def expm1_minus(d, q2, n, lv):
+    """expm1(lv) - lv, without the cancellation near 0."""
+    return tl.fma(d, d, tl.where(n == 0.0, q2 + q2, tl.fma(d, 2.0, -lv)))
+
+
+@triton.jit
+def split(u, w):
+    """u = 2^e (1 + h), 1 + h in [sqrt(1/2), sqrt(2)); with w = u - 1 given, h loses nothing to the rounding of u."""
+    e = (u.to(tl.int32, bitcast=True) - 0x3F3504F3) >> 23
+    scale = ((127 - e) << 23).to(tl.float32, bitcast=True)
+    return e.to(tl.float32), tl.fma(w, scale, scale - 1.0), scale
+
+
+@triton.jit
+def series(h):
+    """h - log1p(h) = h * h * series(h)."""
+    s = tl.fma(h, 7.656288147e-2, -0.1275399923)
+    s = tl.fma(s, h, 0.1315043867)
+    s = tl.fma(s, h, -0.1420175880)
+    s = tl.fma(s, h, 0.1662365347)
+    s = tl.fma(s, h, -0.2000127435)
+    s = tl.fma(s, h, 0.2500089109)
+    s = tl.fma(s, h, -0.3333333135)
+    return tl.fma(s, h, 0.4999999702)
+
+
+@triton.jit
+def log1p_split(e, h):
+    return tl.fma(e, 0.693145752, tl.fma(e, 1.42860677e-6, tl.fma(-(h * h), series(h), h)))
+
+
+@triton.jit
+def log1p(w):
+    """For w >= 0, finite."""
+    e, h, _ = split(1.0 + w, w)
+    return log1p_split(e, h)
+
+
+@triton.jit
+def log(u):
+    tiny = u < 1.1754943508222875e-38
+    v = tl.where(tiny, u * 16777216.0, u)
+    e, _, scale = split(v, v - 1.0)
+    found = log1p_split(e - tl.where(tiny, 24.0, 0.0), tl.fma(v, scale, -1.0))
+    found = tl.where(u < float("inf"), found, u)
+    return tl.where(u > 0.0, found, tl.where(u == 0.0, float("-inf"), float("nan")))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), and its slope."""
+    t, _, _, _ = exp_half(-2.0 * tl.abs(x))
+    s = tl.div_rn(1.0, 1.0 + t)
+    return tl.where(x < 0.0, 0.0, x) + log1p(t), tl.where(x < 0.0, t * s, s)
+
+
+@triton.jit
+def softplus_difference(x, sx, slope_x, hi, lo, sy, slope_y):
+    """softplus(x) - softplus(y), y = hi + lo, without the cancellation where they are close."""
+    v = (x - hi) - lo
+    size = tl.abs(v)
+    _, em1, _, _ = exp_half(2.0 * tl.where(size < 16.0, size, 16.0))
+    near = log1p(tl.where(v < 0.0, slope_x, slope_y) * em1)
+    close = (size < 16.0) & (sx < 2.5 * sy) & (sy < 2.5 * sx)
+    return tl.where(close, tl.where(v < 0.0, -near, near), sx - sy)
+
+
+# ---- one element of the latent layer: sigma, kl, dsigma/dx, dkl/dx, dkl/dmu, dkl/dx_p
+
+
+@triton.jit
+def from_log(scale: tl.constexpr, mu, lv, mu_p, lvp, PRIOR: tl.constexpr):
+    sigma, d, q2, n = exp_half(lv)
+    if PRIOR:
+        gap = lv - lvp
+        back = gap - lv
+        rest = (lv - (gap - back)) - (lvp + back)
+        ratio, d, q2, n = exp_half(gap)
+        em1 = tl.fma(d, ratio, d)
+        k = expm1_minus(d, q2, n, gap)
+        k = tl.where(k < float("inf"), tl.fma(em1, rest, k), k)
+        inverse, _, _, _ = exp_half(-lvp)
+        delta = (mu - mu_p) * inverse
+        dkl_mu = delta * inverse
+    else:
+        em1 = tl.fma(d, sigma, d)
+        k = expm1_minus(d, q2, n, lv)
+        delta = mu
+        dkl_mu = mu
+    kl = 0.5 * tl.fma(delta, delta, k)
+    return sigma, kl, scale * sigma, scale * em1, dkl_mu, -scale * tl.fma(delta, delta, em1)
+
+
+@triton.jit
+def from_std(mu, sigma, slope, mu_p, sigma_p, slope_p, numerator, PRIOR: tl.constexpr):
+    if PRIOR:
+        inverse = tl.div_rn(1.0, sigma_p)
+        f = tl.div_rn(numerator, sigma_p)
+        q = tl.div_rn(sigma, sigma_p)
+        delta = (mu - mu_p) * inverse
+    else:
+        inverse = 1.0
+        f = numerator
+        q = sigma
+        delta = mu
+    e, h, _ = split(1.0 + f, f)
+    g = tl.fma(-e, 0.693145752, f - h) + tl.fma(-e, 1.42860677e-6, h * h * series(h))
+    above = tl.fma(f, f, g + g)
+    below = tl.fma(log(q), -2.0, tl.fma(q, q, -1.0))
+    k = tl.where(f < -0.6, below, tl.where(f < 4.611686018427388e18, above, f * f))
+    em1 = tl.fma(f, f, f + f)
+    kl = 0.5 * tl.fma(delta, delta, k)
+    dkl_x = tl.div_rn(em1, sigma) * slope
+    return sigma, kl, slope, dkl_x, delta * inverse, -tl.fma(delta, delta, em1) * inverse * slope_p
+
+
+@triton.jit
+def expm1_minus_wide(d):
+    """expm1(d) - d in float64, where no expm1 is at hand: the Taylor series near 0."""
+    s = d * (1.0 / 17) + 1.0
+    for i in tl.static_range(13):
+        s = s * d / (16 - i) + 1.0
+    return tl.where(tl.abs(d) < 0.5, s * d * d * (1.0 / 6) * d + 0.5 * d * d, (tl.exp(d) - 1.0) - d)
+
+
+@triton.jit
+def minus_log1p_wide(f):
+    """f - log1p(f) in float64: with s = f / (2 + f), log1p(f) = 2 (s + s^3 / 3 + s^5 / 5 + ...)."""
+    s = f / (2.0 + f)
+    w = s * s
+    t = tl.zeros_like(w) + 1.0 / 25
+    for i in tl.static_range(11):
+        t = t * w + 1.0 / (23 - 2 * i)
+    return tl.where(tl.abs(f) < 0.3, f * s - 2.0 * s * w * t, f - tl.log(1.0 + f))
+
+
+@triton.jit
+def element_wide(mu, x, mu_p, x_p, min_std, PARAM: tl.constexpr, PRIOR: tl.constexpr):
+    """float64: the formulas of the contract as they stand."""
+    if PARAM == LOGVAR or PARAM == LOGSTD:
+        scale: tl.constexpr = 0.5 if PARAM == LOGVAR else 1.0
+        sigma = tl.exp(scale * x)
+        slope = scale * sigma
+        d = 2.0 * scale * (x - x_p if PRIOR else x)
+        sigma_p = tl.exp(scale * x_p) if PRIOR else 1.0
+        k = expm1_minus_wide(d)
+        em1 = k + d
+        dkl_x = scale * em1
+        dl_p = scale
+    else:
+        sigma = x
+        slope = tl.zeros_like(x) + 1.0
+        sigma_p = x_p if PRIOR else 1.0
+        dl_p = 1.0
+        if PARAM == SOFTPLUS:
+            t = tl.exp(-tl.abs(x))
+            sigma = tl.where(x < 0.0, 0.0, x) + (t - minus_log1p_wide(t)) + min_std
+            slope = tl.where(x < 0.0, t, 1.0) / (1.0 + t)
+            if PRIOR:
+                t_p = tl.exp(-tl.abs(x_p))
+                sigma_p = tl.where(x_p < 0.0, 0.0, x_p) + (t_p - minus_log1p_wide(t_p)) + min_std
+                dl_p = tl.where(x_p < 0.0, t_p, 1.0) / (1.0 + t_p)
+        dl_p = dl_p / sigma_p
+        f = (sigma - sigma_p) / sigma_p
+        em1 = f * (f + 2.0)
+        k = f * f + 2.0 * minus_log1p_wide(f)
+        dkl_x = em1 / sigma * slope
+    delta = (mu - mu_p) / sigma_p if PRIOR else mu
+    return sigma, 0.5 * (delta * delta + k), slope, dkl_x, delta / sigma_p, -(em1 + delta * delta) * dl_p
+
+
+@triton.jit
+def element(
+    mu, x, mu_p, x_p, min_std, unit_hi, unit_lo, unit_slope, PARAM: tl.constexpr, PRIOR: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    if WIDE:
+        return element_wide(mu, x, mu_p, x_p, min_std, PARAM, PRIOR)
+    elif PARAM == LOGVAR:
+        return from_log(0.5, mu, x, mu_p, x_p, PRIOR)
+    elif PARAM == LOGSTD:
+        return from_log(1.0, mu, x + x, mu_p, x_p + x_p, PRIOR)
+    elif PARAM == STD:
+        return from_std(mu, x, 1.0, mu_p, x_p, 1.0, x - x_p if PRIOR else x - 1.0, PRIOR)
+    else:
+        s, slope = softplus(x)
+        if PRIOR:
+            s_p, slope_p = softplus(x_p)
+            numerator = softplus_difference(x, s, slope, x_p, 0.0, s_p, slope_p)
+            return from_std(mu, s + min_std, slope, mu_p, s_p + min_std, slope_p, numerator, True)
+        else:
+            numerator = softplus_difference(x, s, slope, unit_hi, unit_lo, 1.0 - min_std, unit_slope)
+            return from_std(mu, s + min_std, slope, 0.0, 1.0, 0.0, numerator, False)
+
+
+# ---- tiles
+
+
+@triton.jit
+def tile(chunks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's rows [ROWS, 1], its lanes [1, BLOCK] and their first, in 64 bits."""
+    pid = tl.program_id(0).to(tl.int64)
+    block = pid % chunks * BLOCK
+    return pid // chunks * ROWS + tl.arange(0, ROWS)[:, None], block + tl.arange(0, BLOCK)[None, :], block
+
+
+@triton.jit
+def lead_of(row, cols, per_seed, NOISE: tl.constexpr):
+    """How far into a group of four the noise of a row starts."""
+    return (row % per_seed * cols) % 4 if NOISE == LED else row * 0
+
+
+@triton.jit
+def noise(
+    seed_ptr, eps_ptr, row, lane, block, lead, sample, rows, cols, per_seed, mask, NOISE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """eps of one sample: the user's, or made here."""
+    if NOISE == GIVEN:
+        eps = tl.load(eps_ptr + ((row * 0 + sample) * rows + row) * cols + (lane - lead), mask=mask, other=0.0)
+    else:
+        seed = tl.load(seed_ptr + row // per_seed, mask=row < rows, other=0)
+        start = ((row * 0 + sample) * per_seed + row % per_seed) * cols - lead
+        if NOISE == LANEWISE:
+            eps = normal_at(seed, start + lane)
+        else:
+            eps = normals(seed, start // 4 + block // 4, ROWS, BLOCK)
+    return eps.to(tl.float64) if WIDE else eps.to(tl.float32)
+
+
+@triton.jit
+def read(ptr, row, position, nest, outer, step, col, mask, NEST: tl.constexpr, WIDE: tl.constexpr):
+    """An operand in the arithmetic's dtype; masked lanes read 0, which adds exactly 0 to a sum."""
+    if NEST:
+        at = row // nest * outer + row % nest * step
+    else:
+        at = row * step
+    value = tl.load(ptr + at + position * col, mask=mask, other=0.0)
+    return value.to(tl.float64) if WIDE else value.to(tl.float32)
+
+
+@triton.jit
+def write(ptr, row, position, nest, outer, step, mask, value, NEST: tl.constexpr):
+    if NEST:
+        at = row // nest * outer + row % nest * step
+    else:
+        at = row * step
+    tl.store(ptr + at + position, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def inside(x, LOW: tl.constexpr, HIGH: tl.constexpr):
+    return (x >= tl.full((), LOW, x.dtype)) & (x <= tl.full((), HIGH, x.dtype))
+
+
+@triton.jit
+def clamp(x, LOW: tl.constexpr, HIGH: tl.constexpr):
+    low, high = tl.full((), LOW, x.dtype), tl.full((), HIGH, x.dtype)
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+# ---- kernels. A pointer that is None: absent, or not wanted.
+
+
+@triton.jit
+def randn_kernel(
+    out_ptr, seed_ptr, rows, cols, chunks, NOISE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row, lane, block = tile(chunks, ROWS, BLOCK)
+    mask = (row < rows) & (lane < cols)
+    eps = noise(seed_ptr, None, row, lane, block, 0, 0, rows, cols, 1, mask, NOISE, ROWS, BLOCK, False)
+    tl.store(out_ptr + row * cols + lane, eps.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def forward_kernel(
+    mu_ptr, x_ptr, mu_p_ptr, x_p_ptr,  # inputs, each with its outer, step and col strides below
+    seed_ptr, eps_ptr,  # int64 [rows / per_seed], or the user's noise [samples, rows, cols]
+    z_ptr,  # [samples, rows, cols]
+    kl_ptr,  # elementwise [rows, cols], else a sum for each row and chunk [rows, chunks]
+    rows, cols, chunks, samples, per_seed, nest,
+    mu_outer, mu_step, mu_col, x_outer, x_step, x_col,
+    mu_p_outer, mu_p_step, mu_p_col, x_p_outer, x_p_step, x_p_col,
+    PARAM: tl.constexpr, MIN_STD: tl.constexpr, UNIT_HI: tl.constexpr, UNIT_LO: tl.constexpr,
+    UNIT_SLOPE: tl.constexpr, CLAMP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    ELEMENTWISE: tl.constexpr, NOISE: tl.constexpr, NEST: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    PRIOR: tl.constexpr = mu_p_ptr is not None
+    row, lane, block = tile(chunks, ROWS, BLOCK)
+    lead = lead_of(row, cols, per_seed, NOISE)
+    position = lane - lead
+    mask = (row < rows) & (position >= 0) & (position < cols)
+    mu = read(mu_ptr, row, position, nest, mu_outer, mu_step, mu_col, mask, NEST, WIDE)
+    x = read(x_ptr, row, position, nest, x_outer, x_step, x_col, mask, NEST, WIDE)
+    if CLAMP:
+        x = clamp(x, LOW, HIGH)
+    mu_p = mu
+    x_p = x
+    if PRIOR:
+        mu_p = read(mu_p_ptr, row, position, nest, mu_p_outer, mu_p_step, mu_p_col, mask, NEST, WIDE)
+        x_p = read(x_p_ptr, row, position, nest, x_p_outer, x_p_step, x_p_col, mask, NEST, WIDE)
+    sigma, kl, _, _, _, _ = element(
+        mu, x, mu_p, x_p, MIN_STD, UNIT_HI, UNIT_LO, UNIT_SLOPE, PARAM, PRIOR, WIDE
+    )
+    if kl_ptr is not None:
+        if ELEMENTWISE:
+            tl.store(kl_ptr + row * cols + position, kl, mask=mask)
+        else:
+            total = tl.sum(tl.where(mask, kl, 0.0), axis=1)[:, None]
+            tl.store(kl_ptr + row * chunks + block // BLOCK, total, mask=row < rows)
+    if z_ptr is not None:
+        for sample in range(samples):
+            eps = noise(
+                seed_ptr, eps_ptr, row, lane, block, lead, sample, rows, cols, per_seed, mask, NOISE, ROWS, BLOCK, WIDE
+            )
+            z = sigma * eps + mu if WIDE else tl.fma(sigma, eps, mu)
+            at = ((row * 0 + sample) * rows + row) * cols + position
+            tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def backward_kernel(
+    mu_ptr, x_ptr, mu_p_ptr, x_p_ptr, seed_ptr, eps_ptr,  # as in forward
+    dz_ptr,  # [samples, rows, cols] by strides
+    dkl_ptr,  # elementwise [rows, cols], else one for each per_kl rows
+    dmu_ptr, dx_ptr,  # by out_outer, out_step
+    dmu_p_ptr, dx_p_ptr,  # [rows, cols]
+    rows, cols, chunks, samples, per_seed, per_kl, nest,
+    mu_outer, mu_step, mu_col, x_outer, x_step, x_col,
+    mu_p_outer, mu_p_step, mu_p_col, x_p_outer, x_p_step, x_p_col,
+    dz_sample, dz_outer, dz_step, dz_col, out_outer, out_step,
+    PARAM: tl.constexpr, MIN_STD: tl.constexpr, UNIT_HI: tl.constexpr, UNIT_LO: tl.constexpr,
+    UNIT_SLOPE: tl.constexpr, CLAMP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    ELEMENTWISE: tl.constexpr, NOISE: tl.constexpr, NEST: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    PRIOR: tl.constexpr = mu_p_ptr is not None
+    row, lane, block = tile(chunks, ROWS, BLOCK)
+    lead = lead_of(row, cols, per_seed, NOISE)
+    position = lane - lead
+    mask = (row < rows) & (position >= 0) & (position < cols)
+    mu = read(mu_ptr, row, position, nest, mu_outer, mu_step, mu_col, mask, NEST, WIDE)
+    raw = read(x_ptr, row, position, nest, x_outer, x_step, x_col, mask, NEST, WIDE)
+    x = raw
+    if CLAMP:
+        x = clamp(raw, LOW, HIGH)
+    mu_p = mu
+    x_p = x
+    if PRIOR:
+        mu_p = read(mu_p_ptr, row, position, nest, mu_p_outer, mu_p_step, mu_p_col, mask, NEST, WIDE)
+        x_p = read(x_p_ptr, row, position, nest, x_p_outer, x_p_step, x_p_col, mask, NEST, WIDE)
+    _, _, dsigma_x, dkl_x, dkl_mu, dkl_xp = element(
+        mu, x, mu_p, x_p, MIN_STD, UNIT_HI, UNIT_LO, UNIT_SLOPE, PARAM, PRIOR, WIDE
+    )
+    dmu = tl.zeros_like(mu)  # dz, then dz * eps, summed over the samples
+    dsigma = tl.zeros_like(mu)
+    if dz_ptr is not None:
+        for sample in range(samples):
+            dz = read(dz_ptr + (row * 0 + sample) * dz_sample, row, position, nest, dz_outer, dz_step, dz_col, mask, NEST, WIDE)
+            eps = noise(
+                seed_ptr, eps_ptr, row, lane, block, lead, sample, rows, cols, per_seed, mask, NOISE, ROWS, BLOCK, WIDE
+            )
+            dmu += dz
+            dsigma = dz * eps + dsigma if WIDE else tl.fma(dz, eps, dsigma)
+    dx = dsigma * dsigma_x
+    if dkl_ptr is not None:
+        if ELEMENTWISE:
+            dkl = tl.load(dkl_ptr + row * cols + position, mask=mask, other=0.0)
+        else:
+            dkl = tl.load(dkl_ptr + row // per_kl, mask=row < rows, other=0.0)
+        if dmu_p_ptr is not None:
+            tl.store(dmu_p_ptr + row * cols + position, (-(dkl * dkl_mu)).to(dmu_p_ptr.dtype.element_ty), mask=mask)
+        if dx_p_ptr is not None:
+            tl.store(dx_p_ptr + row * cols + position, (dkl * dkl_xp).to(dx_p_ptr.dtype.element_ty), mask=mask)
+        if WIDE:
+            dmu += dkl * dkl_mu
+            dx = dx + dkl * dkl_x if dz_ptr is not None else dkl * dkl_x
+        else:
+            dmu = tl.fma(dkl + tl.zeros_like(mu), dkl_mu, dmu)
+            dx = tl.fma(dsigma, dsigma_x, dkl * dkl_x) if dz_ptr is not None else dkl * dkl_x
+    if CLAMP:
+        dx = tl.where(inside(raw, LOW, HIGH), dx, 0.0)
+    if dmu_ptr is not None:
+        write(dmu_ptr, row, position, nest, out_outer, out_step, mask, dmu, NEST)
+    if dx_ptr is not None:
+        write(dx_ptr, row, position, nest, out_outer, out_step, mask, dx, NEST)
+
+
+@triton.jit
+def row_sum_kernel(part_ptr, kl_ptr, parts, BLOCK: tl.constexpr):
+    """kl of one row from its parts, in an order that their number alone fixes."""
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, parts, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        total += tl.load(part_ptr + row * parts + at, mask=at < parts, other=0.0).to(tl.float64)
+    tl.store(kl_ptr + row, tl.sum(total).to(kl_ptr.dtype.element_ty))
