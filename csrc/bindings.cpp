@@ -283,6 +283,16 @@ py::bytes box_muller(const std::string& radius, const std::string& angle) {
   return eps;
 }
 
+// eps[first, first + n) of a seed, as bytes: any place of a stream without what lies before it.
+py::bytes noise(int64_t seed, int64_t first, int n) {
+  if (first < 0 || n < 1 || n > kPiece)
+    throw std::invalid_argument(
+        "reparam_kernels._C: noise gives 1 to 1024 elements from an index that is not negative.");
+  std::string eps(n * sizeof(float), '\0');
+  kernels().noise(seed, first, n, (float*)eps.data());
+  return eps;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -306,6 +316,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("randn", &randn, py::arg("seed"), py::arg("out"), py::arg("threads"));
   m.def("philox", &philox, py::arg("counter"), py::arg("key"));
   m.def("box_muller", &box_muller, py::arg("radius"), py::arg("angle"));
+  m.def("noise", &noise, py::arg("seed"), py::arg("first"), py::arg("n"));
   m.def("available", &available);
   m.def("use", &use, py::arg("isa"));
   m.def("isa", [] { return std::string(kernels().isa); });

@@ -227,11 +227,16 @@ void box_mullers(const uint32_t* radius, const uint32_t* angle, int pairs, float
   }
 }
 
+void noise_window(int64_t seed, int64_t first, int n, float* eps) {
+  Scratch<float> scratch;
+  std::memcpy(eps, noise_run(seed, first, n, scratch.data), n * sizeof *eps);
+}
+
 }  // namespace
 
 #define REPARAM_TEXT(x) #x
 #define REPARAM_NAME(x) REPARAM_TEXT(x)
 extern const Kernels REPARAM_ISA;
-const Kernels REPARAM_ISA = {REPARAM_NAME(REPARAM_ISA), randn, forward, backward, philox, box_mullers};
+const Kernels REPARAM_ISA = {REPARAM_NAME(REPARAM_ISA), randn, forward, backward, philox, box_mullers, noise_window};
 
 }  // namespace reparam

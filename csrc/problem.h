@@ -73,7 +73,7 @@ struct Pieces {
   }
 };
 
-// The three kernels, and two windows on the noise for tests; each works on pieces [first, last).
+// The three kernels, each for pieces [first, last), and three windows on the noise for tests.
 struct Kernels {
   const char* isa;
   void (*randn)(const Problem&, const Pieces&, int64_t first, int64_t last);
@@ -81,6 +81,7 @@ struct Kernels {
   void (*backward)(const Problem&, const Pieces&, int64_t first, int64_t last);
   void (*philox)(const uint32_t counter[4], const uint32_t key[2], uint32_t words[4]);
   void (*box_muller)(const uint32_t* radius, const uint32_t* angle, int pairs, float* eps);
+  void (*noise)(int64_t seed, int64_t first, int n, float* eps);  // n <= kPiece
 };
 
 }  // namespace reparam

@@ -3,9 +3,13 @@
 from . import reference
 from .api import NOISE_VERSION, kl_divergence, randn, reparameterize, reparameterize_kl
 from .backends import backend_for
+from .distribution import DiagonalGaussian
+from .head import GaussianHead
 
 __all__ = [
     "NOISE_VERSION",
+    "DiagonalGaussian",
+    "GaussianHead",
     "backend_for",
     "kl_divergence",
     "randn",

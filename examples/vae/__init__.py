@@ -1,0 +1,1 @@
+"""The reference VAE: encoder, two parallel heads, decoder, trained on handwritten digits."""

@@ -1,0 +1,55 @@
+"""python -m reparam_kernels: what this installation runs, and why something is missing."""
+
+import platform
+from importlib import metadata
+
+import torch
+
+from . import NOISE_VERSION, backends
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def cpu_line() -> str:
+    why = backends.cpu_missing()
+    if why is not None:
+        return f"missing: {why}"
+    from . import _C
+
+    threads = f"OpenMP, {torch.get_num_threads()} threads" if _C.has_openmp() else "serial: built without OpenMP"
+    return f"C++, {_C.isa()} of {', '.join(_C.available())} ({threads})"
+
+
+def triton_line() -> str:
+    why = backends.triton_missing()
+    if why is not None:
+        return f"missing: {why}"
+    if torch.cuda.is_available():
+        return f"on {torch.cuda.get_device_name()}"
+    if backends.interpreting():
+        return "in the interpreter, on CPU tensors with REPARAM_BACKEND=triton"
+    return "installed; torch sees no GPU"
+
+
+def main() -> None:
+    rows = {
+        "reparam_kernels": f"{version('reparam_kernels')}, noise version {NOISE_VERSION}",
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "numpy": version("numpy"),
+        "cpu backend": cpu_line(),
+        "triton backend": triton_line(),
+        "REPARAM_BACKEND": backends.FORCED or "not set",
+    }
+    for name, value in rows.items():
+        print(f"{name:16} {value}")
+
+
+if __name__ == "__main__":
+    main()

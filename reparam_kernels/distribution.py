@@ -1,0 +1,156 @@
+"""A posterior as an object, over the same ops; packed encoder outputs are read, and given their gradient, in place."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, executors
+from .reference import log_sigma, sigma_of
+from .spec import Call, accumulate_dtype, prepare, unpacked
+
+
+class DiagonalGaussian:
+    """N(mu, sigma^2) with independent elements, as a VAE's encoder gives it.
+
+        z = mu + sigma * eps,  kl = KL(N(mu, sigma^2) || other)
+
+    Args:
+        mu, logvar, event_ndim, param, min_std, clamp: as for reparameterize_kl; event_ndim also says what log_prob
+            sums over.
+
+    Raises:
+        TypeError, ValueError: as reparameterize_kl.
+
+    Source:
+        Kingma and Welling, "Auto-Encoding Variational Bayes", 2014, appendix B and C.
+
+    Example:
+        >>> import torch, reparam_kernels as rk
+        >>> q = rk.DiagonalGaussian.from_moments(torch.zeros(2, 8, 4, 4))
+        >>> q.rsample().shape, q.kl()
+        (torch.Size([2, 4, 4, 4]), tensor([0., 0.]))
+    """
+
+    def __init__(
+        self, mu: Tensor, logvar: Tensor, *, event_ndim: int | None = None, param: str = "logvar",
+        min_std: float = 0.0, clamp: tuple[float, float] | None = None,
+    ) -> None:  # fmt: skip
+        self._parts: tuple[Tensor, Tensor | None, int | None] = (mu, logvar, None)
+        self._options = {"param": param, "min_std": min_std, "clamp": clamp}
+        self._event_ndim = event_ndim
+        self._view = self._call(kl=True)
+
+    @classmethod
+    def from_moments(
+        cls, moments: Tensor, dim: int = 1, *, event_ndim: int | None = None, param: str = "logvar",
+        min_std: float = 0.0, clamp: tuple[float, float] | None = None,
+    ) -> "DiagonalGaussian":  # fmt: skip
+        """The posterior of a packed encoder output: mu is the first half of `dim`, logvar the second."""
+        where = "DiagonalGaussian.from_moments"
+        checks.floating(where, "moments", moments)
+        if not -moments.dim() <= dim < moments.dim() or moments.shape[dim] % 2:
+            checks.fail(
+                ValueError, where, f"moments must have an even size in dim {dim}", f"shape {tuple(moments.shape)}",
+                "Let the encoder's last layer give twice the latent channels.",
+            )  # fmt: skip
+        self = cls.__new__(cls)
+        self._parts = (moments, None, dim % moments.dim())
+        self._options = {"param": param, "min_std": min_std, "clamp": clamp}
+        self._event_ndim = event_ndim
+        self._view = self._call(kl=True)
+        return self
+
+    def _call(self, **asked: Any) -> Call:
+        mu, x, packed = self._parts
+        if asked.get("kl"):
+            asked["event_ndim"] = self._event_ndim
+        return prepare("DiagonalGaussian", mu, x, packed=packed, **asked, **self._options)
+
+    def _prior(self, other: "DiagonalGaussian | None") -> tuple[Tensor, Tensor] | None:
+        if other is None:
+            return None
+        same = {key: value for key, value in self._options.items() if key != "clamp"}
+        if any(other._options[key] != value for key, value in same.items()):
+            checks.fail(
+                ValueError, "DiagonalGaussian.kl", "other must have the same param and min_std",
+                f"{other._options['param']}, {other._options['min_std']}",
+                "Give both distributions the same parameterisation.",
+            )  # fmt: skip
+        mu, x = unpacked(other._view)
+        return mu, x if other._options["clamp"] is None else x.clamp(*other._options["clamp"])
+
+    def rsample(
+        self, sample_shape: tuple[int, ...] = (), *, seed: Any = None, generator: torch.Generator | None = None,
+        eps: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """z of shape sample_shape + mu.shape, with gradients; keywords as for reparameterize."""
+        z, _ = executors.run(
+            self._call(z=True, sample_shape=sample_shape, seed=seed, generator=generator, eps=eps)
+        )
+        return z  # type: ignore[return-value]
+
+    def sample(
+        self, sample_shape: tuple[int, ...] = (), *, seed: Any = None, generator: torch.Generator | None = None,
+        eps: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As rsample, without gradients."""
+        with torch.no_grad():
+            return self.rsample(sample_shape, seed=seed, generator=generator, eps=eps)
+
+    def kl(self, other: "DiagonalGaussian | None" = None) -> Tensor:
+        """KL(self || other), other being N(0, I) by default; gradients to both."""
+        _, kl = executors.run(self._call(kl=True, prior=self._prior(other)))
+        return kl  # type: ignore[return-value]
+
+    def rsample_kl(
+        self, other: "DiagonalGaussian | None" = None, sample_shape: tuple[int, ...] = (), *, seed: Any = None,
+        generator: torch.Generator | None = None, eps: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """(rsample(sample_shape), kl(other)) in one pass."""
+        return executors.run(  # type: ignore[return-value]
+            self._call(
+                z=True, kl=True, prior=self._prior(other), sample_shape=sample_shape, seed=seed, generator=generator,
+                eps=eps,
+            )
+        )  # fmt: skip
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log N(z; mu, sigma^2) in nats, summed over the event dims, in plain torch; float32, or float64 for float64."""
+        checks.floating("DiagonalGaussian.log_prob", "z", z)
+        wide = accumulate_dtype(self.mean.dtype)
+        mu, x = self.mean.to(wide), self._x().to(wide)
+        l = log_sigma(x, self._options["param"], self._options["min_std"])  # noqa: E741
+        sigma = sigma_of(x, self._options["param"], self._options["min_std"])
+        out = -(((z.to(wide) - mu) / sigma) ** 2) / 2 - l - math.log(2 * math.pi) / 2
+        dims = self._view.spec.event_ndim
+        return out.sum(dim=tuple(range(-dims, 0))) if dims else out
+
+    def mode(self) -> Tensor:
+        """mu."""
+        return self.mean
+
+    def _x(self) -> Tensor:
+        x = unpacked(self._view)[1]
+        clamp = self._options["clamp"]
+        return x if clamp is None else x.clamp(*clamp)
+
+    @property
+    def mean(self) -> Tensor:
+        """mu; a view of the moments where they come packed."""
+        return unpacked(self._view)[0]
+
+    @property
+    def std(self) -> Tensor:
+        """sigma, in mu's dtype."""
+        x = self._x()
+        wide = x.to(accumulate_dtype(x.dtype))
+        return sigma_of(wide, self._options["param"], self._options["min_std"]).to(x.dtype)
+
+    @property
+    def logvar(self) -> Tensor:
+        """2 log sigma, in mu's dtype, clamped as asked."""
+        x = self._x()
+        wide = x.to(accumulate_dtype(x.dtype))
+        return (2 * log_sigma(wide, self._options["param"], self._options["min_std"])).to(x.dtype)

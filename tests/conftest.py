@@ -1,0 +1,72 @@
+"""Every test runs with Triton's interpreter, one torch thread, and outputs that hold NaN until a kernel writes them."""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+import numpy as np
+import pytest
+import torch
+import triton
+
+from reparam_kernels import _C, backends
+from tests.oracle import fma
+
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9):
+    # this interpreter does not fuse tl.fma: give it an exact one
+    from triton.runtime import interpreter
+
+    def exact_fma(self, x, y, z):
+        exact = fma if x.data.dtype == np.float32 else lambda a, b, c: a * b + c
+        return interpreter.TensorHandle(exact(x.data, y.data, z.data), x.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = exact_fma
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More threads are asked for where they are the subject."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """What a kernel leaves unwritten is NaN."""
+
+    def poison(make):
+        def made(*args, **kwargs):
+            t = make(*args, **kwargs)
+            if type(t) is torch.Tensor and t.is_floating_point() and t.device.type == "cpu":
+                with torch.no_grad():
+                    t.fill_(float("nan"))
+            return t
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def backend(request, monkeypatch):
+    """Runs the test on the C++ kernels, then on the Triton kernels in the interpreter."""
+    use_backend(monkeypatch, request.param)
+    yield request.param
+    backends.name_of.cache_clear()
+
+
+def use_backend(monkeypatch, name):
+    monkeypatch.setattr(backends, "FORCED", name)
+    backends.name_of.cache_clear()
+
+
+@pytest.fixture(params=_C.available())
+def isa(request):
+    """Runs the test on each instruction set that this CPU has."""
+    before = _C.isa()
+    _C.use(request.param)
+    yield request.param
+    _C.use(before)
