@@ -235,7 +235,8 @@ void backward(const Options& options, py::handle mu_, py::handle x_, py::handle 
   if ((dmu_p || dx_p) && !(mu_p && dkl))
     throw std::invalid_argument("reparam_kernels._C: the prior's gradients need a prior and dkl; got none.");
   for (const View* v : {&dmu, &dx, &dmu_p, &dx_p}) {
-    check_dtype(*v, dtype_of(mu));
+    const bool wide = *v && (v == &dmu_p || v == &dx_p) && dtype_of(*v) == Dtype::f32;  // yet to be summed
+    if (!wide || p.wide) check_dtype(*v, dtype_of(mu));
     check_like(*v, mu);
     check_distinct(*v);
   }

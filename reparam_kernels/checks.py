@@ -183,7 +183,7 @@ def scale(where: str, param: Any, min_std: Any, clamp: Any) -> tuple[float, tupl
 def prior_pair(where: str, prior: Any) -> tuple[Any, Any]:
     if not isinstance(prior, (tuple, list)) or len(prior) != 2:
         fail(
-            TypeError, where, "prior must be None or a pair (mu_p, second_p)", repr(type(prior).__name__),
+            TypeError, where, "prior must be None or a pair (mu_p, second_p)", type(prior).__name__,
             "Pass prior=(mu_p, logvar_p).",
         )  # fmt: skip
     return prior[0], prior[1]

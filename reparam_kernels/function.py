@@ -26,7 +26,22 @@ class Latent(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (*differentiable_backward(call, ctx.needs_input_grad, dz, dkl), None, None, None)
         wanted = ctx.needs_input_grad[:4]
-        return (*backends.of(call.mu.device).backward(call, dz, dkl, wanted), None, None, None)
+        dz, dkl = (None if g is None else g.resolve_neg() for g in (dz, dkl))
+        dmu, dx, dmu_p, dx_p = backends.of(call.mu.device).backward(call, dz, dkl, wanted)
+        return dmu, dx, reduced(dmu_p, call.mu_p), reduced(dx_p, call.x_p), None, None, None
+
+
+def reduced(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """A gradient to an expanded prior, summed to its own shape in an order that does not depend on threads."""
+    if grad is None or like is None or grad.shape == like.shape:
+        return grad
+    if like.numel() > 1:
+        return grad.sum_to_size(like.shape).to(like.dtype)
+    parts = grad.reshape(-1)
+    while parts.numel() > 1024:  # torch splits a sum to one number over its threads, shorter ones it does not
+        whole = parts.numel() // 1024 * 1024
+        parts = torch.cat([parts[:whole].view(-1, 1024).sum(1), parts[whole:].sum(0, keepdim=True)])
+    return parts.sum().to(like.dtype).reshape(like.shape)
 
 
 def differentiable_backward(

@@ -23,7 +23,7 @@ class Spec(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call ready to run. x is the second argument, read as spec.param says; the prior has the shape of mu."""
+    """A call ready to run. x is the second argument, read as spec.param says; the prior expands to the shape of mu."""
 
     mu: Tensor
     x: Tensor | None
@@ -40,6 +40,19 @@ def unpacked(call: Call) -> tuple[Tensor, Tensor]:
         return call.mu, call.x
     mu, x = call.mu.chunk(2, call.spec.packed or 0)
     return mu, x
+
+
+def expanded_prior(call: Call, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
+    """The prior in the shape of mu, without a copy."""
+    if call.mu_p is None or call.x_p is None:
+        return None, None
+    return call.mu_p.expand(shape), call.x_p.expand(shape)
+
+
+def prior_gradient(like: Tensor | None, mu: Tensor) -> Tensor:
+    """An empty gradient to a prior in the shape of mu: in its dtype, or wide where it is yet to be summed."""
+    whole = like is not None and like.shape == mu.shape
+    return mu.new_empty(mu.shape, dtype=mu.dtype if whole else accumulate_dtype(mu.dtype))
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -89,7 +102,7 @@ def _promote(tensors: list[Any]) -> list[Any]:
 
 
 def _take_prior(where: str, prior: Any, mu: Tensor, shape: torch.Size) -> list[Tensor]:
-    """The prior's two tensors, expanded to the shape of mu without a copy."""
+    """The prior's two tensors, each in its own shape."""
     out = []
     for name, value in zip(("mu_p", "second_p"), checks.prior_pair(where, prior), strict=True):
         if isinstance(value, Tensor):
@@ -99,7 +112,7 @@ def _take_prior(where: str, prior: Any, mu: Tensor, shape: torch.Size) -> list[T
         else:
             number = checks.prior_number(where, name, value)
             value = torch.full((), number, dtype=accumulate_dtype(mu.dtype), device=mu.device)
-        out.append(value.expand(shape))
+        out.append(value.resolve_neg())
     return out
 
 
@@ -138,4 +151,7 @@ def prepare(
         checks.floating(where, "eps", eps)
         checks.like_mu(where, "eps", eps, mu, shape=False)
         checks.eps_shape(where, eps, spec.sample_shape + tuple(shape))
+        eps = eps.resolve_neg()
+    if mu.is_neg() or (x is not None and x.is_neg()):  # views whose memory holds the opposite sign
+        mu, x = mu.resolve_neg(), None if x is None else x.resolve_neg()
     return Call(mu, x, mu_p, x_p, seed, eps, spec)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..spec import Call, Spec, accumulate_dtype, unpacked
+from ..spec import Call, Spec, accumulate_dtype, expanded_prior, prior_gradient, unpacked
 
 _C.bind_tensor_type(torch.Tensor, torch.nn.Parameter)
 if "REPARAM_CPU_ISA" in os.environ:
@@ -38,7 +38,7 @@ def forward(call: Call) -> tuple[Tensor | None, Tensor | None]:
     if spec.kl:
         kl = mu.new_empty(shape[: len(shape) - spec.event_ndim], dtype=accumulate_dtype(mu.dtype))
     _C.forward(
-        _options_of(spec), mu, x, call.mu_p, call.x_p, call.seed if spec.z else None, call.eps, z, kl,
+        _options_of(spec), mu, x, *expanded_prior(call, mu.shape), call.seed if spec.z else None, call.eps, z, kl,
         torch.get_num_threads(),
     )  # fmt: skip
     return z, kl
@@ -47,7 +47,7 @@ def forward(call: Call) -> tuple[Tensor | None, Tensor | None]:
 def backward(
     call: Call, dz: Tensor | None, dkl: Tensor | None, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients to mu, x, mu_p and x_p (packed: to the moments, None, mu_p, x_p); None where not wanted."""
+    """The gradients to mu, x, mu_p and x_p, the prior's in the shape of mu; packed: to the moments, None, mu_p, x_p."""
     mu, x = unpacked(call)
     noisy = dz is not None
     want_mu, want_x, *want_prior = wanted
@@ -58,9 +58,10 @@ def backward(
     else:
         dmu = mu.new_empty(mu.shape) if want_mu else None
         dx = mu.new_empty(mu.shape) if want_x else None
-    dmu_p, dx_p = (mu.new_empty(mu.shape) if want and dkl is not None else None for want in want_prior)
+    priors = zip((call.mu_p, call.x_p), want_prior, strict=True)
+    dmu_p, dx_p = (prior_gradient(p, mu) if want and dkl is not None else None for p, want in priors)
     _C.backward(
-        _options_of(call.spec), mu, x, call.mu_p, call.x_p, call.seed if noisy else None,
+        _options_of(call.spec), mu, x, *expanded_prior(call, mu.shape), call.seed if noisy else None,
         call.eps if noisy else None, dz, dkl, dmu, dx, dmu_p, dx_p, torch.get_num_threads(),
     )  # fmt: skip
     if call.x is None:

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from ..checks import PARAMS
-from ..spec import Call, Spec, accumulate_dtype, unpacked
+from ..spec import Call, Spec, accumulate_dtype, expanded_prior, prior_gradient, unpacked
 from . import kernels
 from .kernels import ALIGNED, GIVEN, LANEWISE, LED, NONE
 
@@ -152,7 +152,7 @@ def forward(call: Call) -> tuple[Tensor | None, Tensor | None]:
     summed = kl is not None and spec.event_ndim > 0
     seeds = call.seed.numel() if call.seed is not None else 1
     kl_cols = n // kl.numel() if kl is not None and summed else None
-    layout = Layout(n, [mu, x, call.mu_p, call.x_p], n // seeds, kl_cols)
+    layout = Layout(n, [mu, x, *expanded_prior(call, shape)], n // seeds, kl_cols)
     per_seed = n // seeds // layout.cols
     noise = noise_mode(layout, per_seed, samples, call, z is not None and samples > 0)
     block_rows, block, chunks = tile_of(layout, noise)
@@ -176,7 +176,7 @@ def forward(call: Call) -> tuple[Tensor | None, Tensor | None]:
 def backward(
     call: Call, dz: Tensor | None, dkl: Tensor | None, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients to mu, x, mu_p and x_p (packed: to the moments, None, mu_p, x_p); None where not wanted."""
+    """The gradients to mu, x, mu_p and x_p, the prior's in the shape of mu; packed: to the moments, None, mu_p, x_p."""
     mu, x = unpacked(call)
     spec, n = call.spec, mu.numel()
     want_mu, want_x, *want_prior = wanted
@@ -187,7 +187,8 @@ def backward(
     else:
         dmu = mu.new_empty(mu.shape) if want_mu else None
         dx = mu.new_empty(mu.shape) if want_x else None
-    dmu_p, dx_p = (mu.new_empty(mu.shape) if want and dkl is not None else None for want in want_prior)
+    priors = zip((call.mu_p, call.x_p), want_prior, strict=True)
+    dmu_p, dx_p = (prior_gradient(p, mu) if want and dkl is not None else None for p, want in priors)
     if n > 0:
         launch_backward(call, mu, x, dz, dkl, dmu, dx, dmu_p, dx_p)
     return (packed, None, dmu_p, dx_p) if call.x is None else (dmu, dx, dmu_p, dx_p)
@@ -206,7 +207,7 @@ def launch_backward(
     if dz is not None:
         whole = dz.reshape(samples, *mu.shape)
     first = whole[0] if whole is not None and samples > 0 else None
-    layout = Layout(n, [mu, x, call.mu_p, call.x_p, first, dmu if dmu is not None else dx], n // seeds, kl_cols)
+    layout = Layout(n, [mu, x, *expanded_prior(call, mu.shape), first, dmu if dmu is not None else dx], n // seeds, kl_cols)
     per_seed = n // seeds // layout.cols
     noisy = first is not None
     noise = noise_mode(layout, per_seed, samples, call, noisy)

@@ -1,0 +1,62 @@
+"""What the op tests share: inputs for any option, and the truth in float64."""
+
+from typing import NamedTuple
+
+import torch
+
+import reparam_kernels as rk
+from reparam_kernels import reference
+
+PARAMS = ("logvar", "logstd", "std", "softplus")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SHAPES = [(), (1,), (7,), (4, 5), (128, 20), (3, 1), (2, 3, 5), (2, 4, 3, 3), (2, 2, 2, 3, 5), (2, 1029), (1, 5000)]
+EMPTY = [(0,), (0, 5), (4, 0), (2, 0, 3)]
+UNIT = {torch.float32: 2**-24, torch.float64: 2**-53, torch.bfloat16: 2**-9, torch.float16: 2**-12}
+
+
+class Inputs(NamedTuple):
+    mu: torch.Tensor
+    x: torch.Tensor
+
+
+def inputs(shape, dtype=torch.float32, param="logvar", scale=1.0, seed=0, requires_grad=False):
+    """mu and a second argument that makes sense for its param, exact in dtype."""
+    g = torch.Generator().manual_seed(seed)
+    mu = torch.randn(shape, generator=g, dtype=torch.float64) * scale
+    x = torch.randn(shape, generator=g, dtype=torch.float64) * scale
+    if param == "std":
+        x = x.exp() if scale >= 1 else 1 + x
+    return Inputs(*(t.to(dtype).requires_grad_(requires_grad) for t in (mu, x)))
+
+
+def double(value):
+    """The same numbers in float64, as leaves."""
+    if isinstance(value, (tuple, list)):
+        return tuple(double(v) for v in value)
+    if isinstance(value, torch.Tensor):
+        return value.detach().double().requires_grad_(value.requires_grad)
+    return value
+
+
+def truth(mu, x, eps, **options):
+    """z and kl by the reference in float64, on the very eps of the call."""
+    prior = options.pop("prior", None)
+    wide = double((mu, x))
+    prior = None if prior is None else double(prior)
+    return wide, prior, reference.reparameterize_kl(*wide, eps=eps.double(), prior=prior, **options)
+
+
+def noise(z_shape, seed, samples=()):
+    """The eps of a call, by the public function; per-item seeds put the samples behind the item."""
+    if isinstance(seed, torch.Tensor) and seed.numel() > 1:
+        items = len(samples)
+        per_item = rk.randn(seed.numel(), *samples, *z_shape[items + 1 :], seed=seed)
+        return per_item.movedim(0, items)
+    return rk.randn(z_shape, seed=seed)
+
+
+def assert_near(got, want, units=4.0, rtol=0.0, atol=0.0):
+    """Within a few rounding units of got's dtype; NaN and inf where the truth has them."""
+    torch.testing.assert_close(
+        got.double(), want.double(), rtol=max(rtol, units * UNIT[got.dtype]), atol=atol, equal_nan=True
+    )

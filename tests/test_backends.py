@@ -1,0 +1,95 @@
+"""Which backend runs, and what is said where one cannot; each in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def python(code, expect=0, **env):
+    """Runs code in a fresh interpreter; env values of None unset."""
+    full = {k: v for k, v in os.environ.items() if not k.startswith(("REPARAM_", "TRITON_"))}
+    full.update({k: v for k, v in env.items() if v is not None})
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=full, timeout=60)
+    assert done.returncode == expect, done.stderr
+    return done.stdout + done.stderr
+
+
+SAMPLE = "import torch, reparam_kernels as rk; z = rk.randn(4, seed=7); print(rk.backend_for(z), z[2].item())"
+
+
+def test_cpu_is_the_default():
+    assert python(SAMPLE).startswith("cpu 1.788757")
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_an_instruction_set_can_be_forced(isa):
+    from reparam_kernels import _C
+
+    code = SAMPLE + "; from reparam_kernels import _C; print(_C.isa())"
+    if isa in _C.available():
+        assert python(code, REPARAM_CPU_ISA=isa).split() == python(code).split()[:2] + [isa]
+    else:
+        assert "instruction set: must be one that this CPU and build have" in python(code, 1, REPARAM_CPU_ISA=isa)
+
+
+def test_reference_can_be_forced():
+    assert python(SAMPLE, REPARAM_BACKEND="reference").startswith("reference 1.78875")
+
+
+def test_triton_can_be_forced_in_the_interpreter():
+    assert python(SAMPLE, REPARAM_BACKEND="triton", TRITON_INTERPRET="1").startswith("triton 1.788757")
+
+
+def test_a_forced_backend_that_cannot_take_a_tensor_is_an_error():
+    assert (
+        "RuntimeError: REPARAM_BACKEND=triton: every tensor must be one that this backend takes; got a tensor on cpu. "
+        "Unset REPARAM_BACKEND, or set TRITON_INTERPRET=1 to run the Triton kernels on CPU tensors."
+    ) in python(SAMPLE, 1, REPARAM_BACKEND="triton")
+
+
+def test_an_unknown_backend_is_an_error():
+    assert (
+        "ValueError: REPARAM_BACKEND: must be one of cpu, triton, reference; got 'gpu'. Correct it, or unset it."
+    ) in python(SAMPLE, 1, REPARAM_BACKEND="gpu")
+
+
+def test_without_the_extension_the_reference_runs_and_says_why_once():
+    code = "import sys; sys.modules['reparam_kernels._C'] = None; " + SAMPLE + "; rk.randn(3); rk.randn(3)"
+    out = python(code)
+    assert out.startswith("reference 1.78875")
+    assert out.count("UserWarning: reparam_kernels: runs in plain torch on cpu, slower: import of reparam_kernels._C") == 1
+
+
+def test_gradients_flow_in_the_reference_backend():
+    code = (
+        "import torch, reparam_kernels as rk; m = torch.ones(3, 2, requires_grad=True); "
+        "z, kl = rk.reparameterize_kl(m, torch.zeros(3, 2), seed=1); (z.sum() + kl.sum()).backward(); print(m.grad)"
+    )
+    assert "[2., 2.]" in python(code, REPARAM_BACKEND="reference")
+
+
+def test_importing_the_package_does_not_import_triton():
+    assert python("import sys, reparam_kernels; print('triton' in sys.modules)").strip() == "False"
+
+
+def test_report_names_versions_backends_and_instruction_set():
+    out = subprocess.run([sys.executable, "-m", "reparam_kernels"], capture_output=True, text=True, check=True).stdout
+    for word in ("noise version 1", "torch", "triton", "cpu backend", "C++, ", "REPARAM_BACKEND"):
+        assert word in out
+
+
+def test_a_forked_child_samples_without_hanging():
+    """OpenMP's threads do not survive a fork; the child must not wait for them."""
+    code = """
+import os, torch, reparam_kernels as rk
+torch.set_num_threads(2)
+z = rk.randn(1 << 20, seed=3)
+expected = z.numpy().tobytes()
+child = os.fork()
+if child == 0:  # torch's own parallel ops would hang here, so none of them
+    os._exit(0 if rk.randn(1 << 20, seed=3).numpy().tobytes() == expected else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    assert python("import warnings; warnings.simplefilter('ignore')\n" + code).strip() == "0"

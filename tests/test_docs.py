@@ -1,0 +1,44 @@
+"""Every example in a docstring or in the README runs and prints what it says."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+import reparam_kernels as rk
+
+ROOT = Path(__file__).parent.parent
+PUBLIC = [getattr(rk, name) for name in rk.__all__ if name not in ("NOISE_VERSION", "reference")]
+
+
+@pytest.mark.parametrize("thing", PUBLIC, ids=lambda t: t.__name__)
+def test_docstring_has_its_parts_and_its_example_runs(thing):
+    text = thing.__doc__
+    for part in ("Args:", "Raises:", "Example:"):
+        assert part in text
+    (example,) = doctest.DocTestFinder(recurse=False).find(thing, thing.__name__, globs={})
+    assert doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example).attempted > 0
+    assert doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example).failed == 0
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S)
+
+
+@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")]), ids=lambda p: p.name)
+def test_python_blocks_of_a_page_run_in_order(page):
+    """A comment `# -> text` at the end of a print's line is what it prints."""
+    space: dict = {}
+    for block in blocks(page):
+        printed = []
+        space["print"] = lambda *values, printed=printed: printed.append(" ".join(map(str, values)))
+        exec(compile(block, page.name, "exec"), space)  # noqa: S102
+        assert printed == re.findall(r"# -> (.*)", block)
+
+
+def test_readme_names_tests_that_exist():
+    names = re.findall(r"`(tests/\w+\.py)::(\w+)`", (ROOT / "README.md").read_text())
+    assert len(names) > 8
+    for file, test in names:
+        assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"

@@ -1,0 +1,218 @@
+"""z and kl against the reference in float64, over dtype, shape, param, prior, clamp, samples and seeds; on both backends."""
+
+import itertools
+
+import pytest
+import torch
+
+import reparam_kernels as rk
+from reparam_kernels import _C
+from tests.cases import DTYPES, EMPTY, PARAMS, SHAPES, assert_near, inputs, noise, truth
+
+OPTIONS = [
+    {},
+    {"clamp": (-0.5, 0.75)},
+    {"clamp": (-float("inf"), 0.1)},
+    {"sample_shape": (3,)},
+    {"sample_shape": (2, 2), "clamp": (0.25, 2.0)},
+    {"sample_shape": (0,)},
+    {"event_ndim": 0},
+    {"prior": (0.25, 1.5)},
+]
+
+
+def check(shape, dtype, param, seed=11, **options):
+    mu, x = inputs(shape, dtype, param)
+    samples = options.get("sample_shape", ())
+    z, kl = rk.reparameterize_kl(mu, x, seed=seed, param=param, **options)
+    eps = noise(z.shape, seed, samples)
+    _, _, (z_true, kl_true) = truth(mu, x, eps, param=param, **options)
+    assert z.dtype == dtype
+    assert z.is_contiguous()
+    assert z.shape == torch.Size(samples) + mu.shape
+    assert kl.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert kl.shape == kl_true.shape
+    size = max(z_true.abs().max().item(), 1.0) if z.numel() else 1.0
+    assert_near(z, z_true, units=4, atol=4e-7 * size if dtype != torch.float64 else 1e-15 * size)
+    assert_near(kl, kl_true, rtol=1e-6 if dtype != torch.float64 else 1e-13)
+    # each alone is the same function
+    kl_options = {k: v for k, v in options.items() if k in ("event_ndim", "prior", "clamp", "min_std")}
+    z_options = {k: v for k, v in options.items() if k in ("sample_shape", "clamp", "min_std")}
+    assert torch.equal(rk.reparameterize(mu, x, seed=seed, param=param, **z_options), z)
+    torch.testing.assert_close(rk.kl_divergence(mu, x, param=param, **kl_options), kl, rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_ops_match_the_reference_for_every_shape_and_dtype(backend, shape, dtype):
+    check(shape, dtype, "logvar")
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("param", PARAMS)
+def test_ops_match_the_reference_for_every_option(backend, param, options):
+    if param == "std" and options.get("clamp", (0,))[0] < 0:
+        options = {**options, "clamp": (0.5, options["clamp"][1] + 0.5)}
+    min_std = {"min_std": 0.125} if param == "softplus" else {}
+    for shape in [(6, 5), (2, 3, 4)]:
+        check(shape, torch.float32, param, **options)
+        check(shape, torch.float64, param, **options, **min_std)
+
+
+@pytest.mark.parametrize("event_ndim", [0, 1, 2, 3])
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 1, 700), (3, 40, 60)], ids=str)
+def test_kl_sums_over_the_event_dims(backend, shape, event_ndim):
+    check(shape, torch.float32, "logvar", event_ndim=event_ndim)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (5, 4), (5, 2, 3), (5,), (5, 1, 1)], ids=str)
+@pytest.mark.parametrize("samples", [(), (3,), (2, 2)], ids=str)
+def test_items_may_have_seeds_of_their_own(backend, shape, samples):
+    seeds = torch.tensor([5, 2**50, 5, 0, 2**63 - 1])
+    check(shape, torch.float32, "logvar", seed=seeds, sample_shape=samples)
+    mu, x = inputs(shape)
+    whole = rk.reparameterize(mu, x, seed=seeds, sample_shape=samples)
+    alone = [rk.reparameterize(mu[i : i + 1], x[i : i + 1], seed=seeds[i : i + 1], sample_shape=samples) for i in range(5)]
+    assert torch.equal(whole, torch.cat(alone, dim=len(samples)))
+
+
+PRIORS = {
+    "whole": lambda shape: shape,
+    "one row": lambda shape: shape[-1:],
+    "a column": lambda shape: (*shape[:-1], 1),
+    "middle": lambda shape: (shape[-2], 1) if len(shape) > 1 else (1,),
+    "scalar": lambda shape: (),
+}
+
+
+@pytest.mark.parametrize("kind", PRIORS)
+@pytest.mark.parametrize("param", PARAMS)
+def test_kl_against_a_prior_that_expands(backend, param, kind):
+    for shape in [(4, 6), (2, 3, 4)]:
+        prior = inputs(PRIORS[kind](shape), torch.float32, param, seed=5)
+        check(shape, torch.float32, param, prior=tuple(prior))
+
+
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+def test_empty_tensors(backend, shape):
+    mu, x = (torch.zeros(shape, requires_grad=True) for _ in range(2))
+    z, kl = rk.reparameterize_kl(mu, x, seed=1, sample_shape=(2,))
+    assert z.shape == (2, *shape)
+    assert torch.equal(kl, torch.zeros(kl.shape))
+    (z.sum() + kl.sum()).backward()
+    assert mu.grad.shape == x.grad.shape == mu.shape
+
+
+@pytest.mark.parametrize("param", PARAMS)
+@pytest.mark.parametrize("samples", [(), (3,)], ids=str)
+@pytest.mark.parametrize("shape", [(5,), (3, 127), (3, 128), (2, 3, 5)], ids=str)
+def test_float32_z_has_one_set_of_bits(isa, monkeypatch, param, samples, shape):
+    """Every instruction set of the CPU, and Triton, agree on z bit for bit."""
+    from reparam_kernels.backends import cpu, triton
+    from reparam_kernels.spec import prepare
+
+    mu, x = inputs(shape, torch.float32, param, scale=3.0)
+    call = prepare("test", mu, x, z=True, seed=77, param=param, sample_shape=samples)
+    assert torch.equal(cpu.forward(call)[0], triton.forward(call)[0])
+
+
+def test_kl_and_gradients_have_one_set_of_bits_on_every_instruction_set():
+    for param, dtype, prior in itertools.product(PARAMS, DTYPES, (None, (0.5, 1.25))):
+        results = []
+        for isa in _C.available():
+            _C.use(isa)
+            mu, x = inputs((9, 1500), dtype, param, requires_grad=True)
+            z, kl = rk.reparameterize_kl(mu, x, seed=5, param=param, prior=prior)
+            results.append([z, kl, *torch.autograd.grad((z.sum(), kl.sum()), (mu, x))])
+        _C.use(_C.available()[0])
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), (param, dtype, prior)
+
+
+@pytest.mark.parametrize("shape", [(100_003,), (5, 60_001), (3000, 33), (70_000, 3)], ids=str)
+def test_bits_do_not_depend_on_threads_or_runs(shape):
+    results = []
+    for threads in (1, 2, 2, 1):
+        torch.set_num_threads(threads)
+        mu, x = inputs(shape, requires_grad=True)
+        prior = inputs(shape[-1:], requires_grad=True)[0], torch.tensor(0.5, requires_grad=True)
+        z, kl = rk.reparameterize_kl(mu, x, seed=5, prior=prior)
+        results.append([z, kl, *torch.autograd.grad((z.sum(), kl.sum()), (mu, x, *prior))])
+    torch.set_num_threads(1)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# ---- accuracy of the KL: the contract's line, 1e-6 for each element and each row
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-3, 1e-2, 0.1, 1.0, 3.0, 10.0])
+@pytest.mark.parametrize("param", PARAMS)
+@pytest.mark.parametrize("against", ["standard", "far", "close"])
+def test_kl_is_accurate_to_a_millionth(param, scale, against):
+    mu, x = inputs((2000, 33), torch.float32, param, scale)
+    prior = None
+    if against == "far":
+        prior = tuple(inputs((2000, 33), torch.float32, param, scale, seed=1))
+    elif against == "close":
+        a, b = inputs((2000, 33), torch.float64, param, 1e-4, seed=1)
+        b = b - 1 if param == "std" else b
+        prior = ((mu.double() + a).float(), (x.double() * (1 + b) if param == "std" else x.double() + b).float())
+    for event_ndim in (0, 1):
+        kl = rk.kl_divergence(mu, x, param=param, prior=prior, event_ndim=event_ndim).double()
+        _, _, (_, true) = truth(mu, x, torch.zeros(mu.shape), param=param, prior=prior, event_ndim=event_ndim)
+        sound = (true > 1e-17) & (true < 1.6e38)  # below, float64 itself is at its end; above, 2 kl is beyond float32
+        error = ((kl - true).abs() / true)[sound]
+        assert sound.double().mean() > 0.9
+        assert error.max() <= 1e-6
+        assert (kl[true >= 3.5e38] == float("inf")).all()
+
+
+def test_the_usual_line_is_not():
+    """What the rearrangement is for: torch's own line in float32 at a scale of 1e-3."""
+    mu, x = inputs((2000, 33), torch.float32, scale=1e-3)
+    naive = -0.5 * (1 + x - mu**2 - x.exp()).sum(-1)
+    _, _, (_, true) = truth(mu, x, torch.zeros(mu.shape))
+    assert ((naive - true).abs() / true).max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_kl_does_not_overflow(backend, dtype):
+    mu, x = torch.full((2, 4096), 100.0, dtype=dtype), torch.full((2, 4096), 20.0, dtype=dtype)
+    kl = rk.kl_divergence(mu, x)
+    expected = 0.5 * (100.0**2 + torch.expm1(torch.tensor(20.0, dtype=torch.float64)) - 20.0) * 4096
+    assert kl.dtype == torch.float32
+    torch.testing.assert_close(kl.double(), expected.expand(2), rtol=1e-6, atol=0)
+
+
+# ---- limits
+
+
+def test_nan_and_infinity_pass_through_as_in_plain_torch(backend):
+    nan, inf = float("nan"), float("inf")
+    mu = torch.tensor([nan, 0.0, 0.0, 0.0, inf, 1.0])
+    x = torch.tensor([0.0, nan, inf, -inf, 0.0, -500.0])
+    z, kl = rk.reparameterize_kl(mu, x, seed=3, event_ndim=0)
+    assert z[0].isnan()
+    assert z[1].isnan()
+    assert z[2].isinf()
+    assert z[3] == 0
+    assert z[4] == inf
+    assert z[5] == 1
+    assert kl[0].isnan()
+    assert kl[1].isnan()
+    assert kl[2].isnan()
+    assert kl[3] == inf
+    assert kl[4] == inf
+    assert kl[5] == 250.0
+    prior = (torch.zeros(6), torch.zeros(6))
+    _, with_prior = rk.reparameterize_kl(mu, x, seed=3, event_ndim=0, prior=prior)
+    assert torch.equal(with_prior.isnan(), kl.isnan())
+    assert torch.equal(with_prior.isinf(), kl.isinf())
+
+
+def test_sigma_of_zero_has_an_infinite_kl(backend):
+    z, kl = rk.reparameterize_kl(torch.ones(2), torch.tensor([0.0, -1.0]), seed=3, param="std", event_ndim=0)
+    assert z[0] == 1
+    assert kl[0] == float("inf")
+    assert kl[1].isnan()
