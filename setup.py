@@ -9,8 +9,13 @@ from setuptools import setup
 
 # Rounding is part of the contract: nothing may be contracted, reordered or assumed.
 KERNEL_FLAGS = [
-    "-O3", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden",
-]  # fmt: skip
+    "-O3",
+    "-fopenmp-simd",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+]
 if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS = {
         "baseline": ["-march=x86-64"],

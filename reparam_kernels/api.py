@@ -50,9 +50,7 @@ def randn(
         >>> rk.randn(4, seed=7)
         tensor([ 2.9158e-04, -3.0485e-01,  1.7888e+00,  1.0679e+00])
     """
-    result = torch.empty(
-        *size, out=out, dtype=dtype, layout=layout, device=device, pin_memory=pin_memory
-    )
+    result = torch.empty(*size, out=out, dtype=dtype, layout=layout, device=device, pin_memory=pin_memory)
     checks.floating("randn", "dtype", result)
     items = result.shape[0] if result.dim() else None
     seeds = take_seed("randn", seed, generator, result.device, items)
@@ -113,9 +111,18 @@ def reparameterize(
                 [ 1.7888e+00,  1.0679e+00]])
     """
     call = prepare(
-        "reparameterize", mu, logvar, z=True, seed=seed, generator=generator, eps=eps, sample_shape=sample_shape,
-        param=param, min_std=min_std, clamp=clamp,
-    )  # fmt: skip
+        "reparameterize",
+        mu,
+        logvar,
+        z=True,
+        seed=seed,
+        generator=generator,
+        eps=eps,
+        sample_shape=sample_shape,
+        param=param,
+        min_std=min_std,
+        clamp=clamp,
+    )
     z, _ = executors.run(call)
     return z  # type: ignore[return-value]
 
@@ -157,9 +164,16 @@ def kl_divergence(
         tensor([1.5000, 1.5000])
     """
     call = prepare(
-        "kl_divergence", mu, logvar, kl=True, event_ndim=event_ndim, prior=prior, param=param, min_std=min_std,
+        "kl_divergence",
+        mu,
+        logvar,
+        kl=True,
+        event_ndim=event_ndim,
+        prior=prior,
+        param=param,
+        min_std=min_std,
         clamp=clamp,
-    )  # fmt: skip
+    )
     _, kl = executors.run(call)
     return kl  # type: ignore[return-value]
 
@@ -201,7 +215,19 @@ def reparameterize_kl(
         (torch.Size([2, 3]), tensor([1.5000, 1.5000]))
     """
     call = prepare(
-        "reparameterize_kl", mu, logvar, z=True, kl=True, seed=seed, generator=generator, eps=eps,
-        sample_shape=sample_shape, event_ndim=event_ndim, prior=prior, param=param, min_std=min_std, clamp=clamp,
-    )  # fmt: skip
+        "reparameterize_kl",
+        mu,
+        logvar,
+        z=True,
+        kl=True,
+        seed=seed,
+        generator=generator,
+        eps=eps,
+        sample_shape=sample_shape,
+        event_ndim=event_ndim,
+        prior=prior,
+        param=param,
+        min_std=min_std,
+        clamp=clamp,
+    )
     return executors.run(call)  # type: ignore[return-value]

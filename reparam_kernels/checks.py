@@ -23,49 +23,68 @@ def name_of(dtype: torch.dtype) -> str:
 def floating(where: str, name: str, t: Any) -> None:
     if not isinstance(t, Tensor):
         fail(
-            TypeError, where, f"{name} must be a torch.Tensor", type(t).__name__,
+            TypeError,
+            where,
+            f"{name} must be a torch.Tensor",
+            type(t).__name__,
             "Wrap it with torch.as_tensor.",
-        )  # fmt: skip
+        )
     if t.dtype not in FLOATS:
         fail(
-            TypeError, where, f"{name} must be float16, bfloat16, float32 or float64", name_of(t.dtype),
+            TypeError,
+            where,
+            f"{name} must be float16, bfloat16, float32 or float64",
+            name_of(t.dtype),
             f"Convert it, for example with {name}.float().",
-        )  # fmt: skip
+        )
     if t.layout is not torch.strided:
         fail(
-            TypeError, where, f"{name} must be a dense (strided) tensor", str(t.layout),
+            TypeError,
+            where,
+            f"{name} must be a dense (strided) tensor",
+            str(t.layout),
             f"Convert it with {name}.to_dense().",
-        )  # fmt: skip
+        )
 
 
 def like_mu(where: str, name: str, t: Tensor, mu: Tensor, shape: bool = True) -> None:
     """`t` goes with mu: one device, one dtype and, unless it may expand, one shape."""
     if t.device != mu.device:
         fail(
-            ValueError, where, f"{name} must be on the device of mu", f"mu {mu.device}, {name} {t.device}",
+            ValueError,
+            where,
+            f"{name} must be on the device of mu",
+            f"mu {mu.device}, {name} {t.device}",
             "Move one of them with .to().",
-        )  # fmt: skip
+        )
     if t.dtype != mu.dtype:
         fail(
-            TypeError, where, f"{name} must have the dtype of mu",
+            TypeError,
+            where,
+            f"{name} must have the dtype of mu",
             f"mu {name_of(mu.dtype)}, {name} {name_of(t.dtype)}",
             "Convert one of them with .to(), or call inside torch.autocast, where they promote to the widest.",
-        )  # fmt: skip
+        )
     if shape and t.shape != mu.shape:
         fail(
-            ValueError, where, f"{name} must have the shape of mu",
+            ValueError,
+            where,
+            f"{name} must have the shape of mu",
             f"mu {tuple(mu.shape)}, {name} {tuple(t.shape)}",
             f"Check the encoder's last layer, or expand {name} before the call.",
-        )  # fmt: skip
+        )
 
 
 def expands(where: str, name: str, t: Tensor, shape: Sequence[int]) -> None:
     sizes = zip(reversed(t.shape), reversed(shape), strict=False)
     if t.dim() > len(shape) or any(a not in (1, b) for a, b in sizes):
         fail(
-            ValueError, where, f"{name} must expand to the shape of mu",
-            f"mu {tuple(shape)}, {name} {tuple(t.shape)}", "Give it size 1 in the dims along which it is shared.",
-        )  # fmt: skip
+            ValueError,
+            where,
+            f"{name} must expand to the shape of mu",
+            f"mu {tuple(shape)}, {name} {tuple(t.shape)}",
+            "Give it size 1 in the dims along which it is shared.",
+        )
 
 
 def integer(where: str, name: str, value: Any, do: str) -> int:
@@ -94,20 +113,29 @@ def seed_in_range(where: str, seed: Any) -> int:
 def seed_tensor(where: str, seed: Tensor, device: torch.device, items: int | None) -> None:
     if seed.dtype != torch.int64:
         fail(
-            TypeError, where, "a seed tensor must be int64", name_of(seed.dtype),
+            TypeError,
+            where,
+            "a seed tensor must be int64",
+            name_of(seed.dtype),
             "Convert it with .to(torch.int64).",
-        )  # fmt: skip
+        )
     if seed.device != device:
         fail(
-            ValueError, where, "a seed tensor must be on the device of the call", f"{seed.device}, not {device}",
+            ValueError,
+            where,
+            "a seed tensor must be on the device of the call",
+            f"{seed.device}, not {device}",
             "Move it with .to().",
-        )  # fmt: skip
+        )
     if seed.numel() != 1 and (seed.dim() != 1 or seed.numel() != items):
         per_item = "" if items is None else f", or shape ({items},), one for each leading item"
         fail(
-            ValueError, where, f"a seed tensor must have one element{per_item}", f"shape {tuple(seed.shape)}",
+            ValueError,
+            where,
+            f"a seed tensor must have one element{per_item}",
+            f"shape {tuple(seed.shape)}",
             "Give one seed for the call, or one for each item of the leading dim.",
-        )  # fmt: skip
+        )
 
 
 def one_source(where: str, seed: Any, generator: Any, eps: Any) -> None:
@@ -115,22 +143,31 @@ def one_source(where: str, seed: Any, generator: Any, eps: Any) -> None:
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:
         fail(
-            ValueError, where, "at most one of seed, generator and eps may be given", " and ".join(names),
+            ValueError,
+            where,
+            "at most one of seed, generator and eps may be given",
+            " and ".join(names),
             "Keep the one that should decide the noise.",
-        )  # fmt: skip
+        )
     if generator is not None and not isinstance(generator, torch.Generator):
         fail(
-            TypeError, where, "generator must be a torch.Generator", type(generator).__name__,
+            TypeError,
+            where,
+            "generator must be a torch.Generator",
+            type(generator).__name__,
             "Make one with torch.Generator(device).manual_seed(0), or pass seed=.",
-        )  # fmt: skip
+        )
 
 
 def eps_shape(where: str, eps: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(eps.shape) != shape:
         fail(
-            ValueError, where, f"eps must have the shape of z, {shape}", str(tuple(eps.shape)),
+            ValueError,
+            where,
+            f"eps must have the shape of z, {shape}",
+            str(tuple(eps.shape)),
             "It is sample_shape, then the shape of mu.",
-        )  # fmt: skip
+        )
 
 
 def sizes(where: str, name: str, value: Any) -> tuple[int, ...]:
@@ -149,9 +186,12 @@ def event_dims(where: str, event_ndim: Any, ndim: int) -> int:
     value = integer(where, "event_ndim", event_ndim, "Pass how many trailing dims of mu the KL sums over.")
     if not 0 <= value <= ndim:
         fail(
-            ValueError, where, f"event_ndim must lie in [0, {ndim}], the number of dims of mu", str(value),
+            ValueError,
+            where,
+            f"event_ndim must lie in [0, {ndim}], the number of dims of mu",
+            str(value),
             "Pass how many trailing dims of mu the KL sums over.",
-        )  # fmt: skip
+        )
     return value
 
 
@@ -159,17 +199,23 @@ def scale(where: str, param: Any, min_std: Any, clamp: Any) -> tuple[float, tupl
     """min_std and clamp in the form that the kernels read, param being one of PARAMS."""
     if param not in PARAMS:
         fail(
-            ValueError, where, f"param must be one of {', '.join(PARAMS)}", repr(param),
+            ValueError,
+            where,
+            f"param must be one of {', '.join(PARAMS)}",
+            repr(param),
             "It says how the second argument reads.",
-        )  # fmt: skip
+        )
     floor = number(where, "min_std", min_std, "Pass a small positive number, as 1e-4.")
     if not (math.isfinite(floor) and floor >= 0):
         fail(ValueError, where, "min_std must be finite and not negative", str(floor), "Pass 1e-4, for example.")
     if floor and param != "softplus":
         fail(
-            ValueError, where, 'min_std goes with param="softplus" only', f"min_std {floor} with param {param!r}",
+            ValueError,
+            where,
+            'min_std goes with param="softplus" only',
+            f"min_std {floor} with param {param!r}",
             "Leave min_std out, or use clamp.",
-        )  # fmt: skip
+        )
     if clamp is None:
         return floor, None
     if not isinstance(clamp, (tuple, list)) or len(clamp) != 2:
@@ -183,9 +229,12 @@ def scale(where: str, param: Any, min_std: Any, clamp: Any) -> tuple[float, tupl
 def prior_pair(where: str, prior: Any) -> tuple[Any, Any]:
     if not isinstance(prior, (tuple, list)) or len(prior) != 2:
         fail(
-            TypeError, where, "prior must be None or a pair (mu_p, second_p)", type(prior).__name__,
+            TypeError,
+            where,
+            "prior must be None or a pair (mu_p, second_p)",
+            type(prior).__name__,
             "Pass prior=(mu_p, logvar_p).",
-        )  # fmt: skip
+        )
     return prior[0], prior[1]
 
 

@@ -34,27 +34,42 @@ class DiagonalGaussian:
     """
 
     def __init__(
-        self, mu: Tensor, logvar: Tensor, *, event_ndim: int | None = None, param: str = "logvar",
-        min_std: float = 0.0, clamp: tuple[float, float] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        mu: Tensor,
+        logvar: Tensor,
+        *,
+        event_ndim: int | None = None,
+        param: str = "logvar",
+        min_std: float = 0.0,
+        clamp: tuple[float, float] | None = None,
+    ) -> None:
         self._parts: tuple[Tensor, Tensor | None, int | None] = (mu, logvar, None)
-        self._options = {"param": param, "min_std": min_std, "clamp": clamp}
+        self._options: dict[str, Any] = {"param": param, "min_std": min_std, "clamp": clamp}
         self._event_ndim = event_ndim
         self._view = self._call(kl=True)
 
     @classmethod
     def from_moments(
-        cls, moments: Tensor, dim: int = 1, *, event_ndim: int | None = None, param: str = "logvar",
-        min_std: float = 0.0, clamp: tuple[float, float] | None = None,
-    ) -> "DiagonalGaussian":  # fmt: skip
+        cls,
+        moments: Tensor,
+        dim: int = 1,
+        *,
+        event_ndim: int | None = None,
+        param: str = "logvar",
+        min_std: float = 0.0,
+        clamp: tuple[float, float] | None = None,
+    ) -> "DiagonalGaussian":
         """The posterior of a packed encoder output: mu is the first half of `dim`, logvar the second."""
         where = "DiagonalGaussian.from_moments"
         checks.floating(where, "moments", moments)
         if not -moments.dim() <= dim < moments.dim() or moments.shape[dim] % 2:
             checks.fail(
-                ValueError, where, f"moments must have an even size in dim {dim}", f"shape {tuple(moments.shape)}",
+                ValueError,
+                where,
+                f"moments must have an even size in dim {dim}",
+                f"shape {tuple(moments.shape)}",
                 "Let the encoder's last layer give twice the latent channels.",
-            )  # fmt: skip
+            )
         self = cls.__new__(cls)
         self._parts = (moments, None, dim % moments.dim())
         self._options = {"param": param, "min_std": min_std, "clamp": clamp}
@@ -74,27 +89,36 @@ class DiagonalGaussian:
         same = {key: value for key, value in self._options.items() if key != "clamp"}
         if any(other._options[key] != value for key, value in same.items()):
             checks.fail(
-                ValueError, "DiagonalGaussian.kl", "other must have the same param and min_std",
+                ValueError,
+                "DiagonalGaussian.kl",
+                "other must have the same param and min_std",
                 f"{other._options['param']}, {other._options['min_std']}",
                 "Give both distributions the same parameterisation.",
-            )  # fmt: skip
+            )
         mu, x = unpacked(other._view)
-        return mu, x if other._options["clamp"] is None else x.clamp(*other._options["clamp"])
+        clamp = other._options["clamp"]
+        return mu, x if clamp is None else x.clamp(*clamp)
 
     def rsample(
-        self, sample_shape: tuple[int, ...] = (), *, seed: Any = None, generator: torch.Generator | None = None,
+        self,
+        sample_shape: tuple[int, ...] = (),
+        *,
+        seed: Any = None,
+        generator: torch.Generator | None = None,
         eps: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """z of shape sample_shape + mu.shape, with gradients; keywords as for reparameterize."""
-        z, _ = executors.run(
-            self._call(z=True, sample_shape=sample_shape, seed=seed, generator=generator, eps=eps)
-        )
+        z, _ = executors.run(self._call(z=True, sample_shape=sample_shape, seed=seed, generator=generator, eps=eps))
         return z  # type: ignore[return-value]
 
     def sample(
-        self, sample_shape: tuple[int, ...] = (), *, seed: Any = None, generator: torch.Generator | None = None,
+        self,
+        sample_shape: tuple[int, ...] = (),
+        *,
+        seed: Any = None,
+        generator: torch.Generator | None = None,
         eps: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """As rsample, without gradients."""
         with torch.no_grad():
             return self.rsample(sample_shape, seed=seed, generator=generator, eps=eps)
@@ -105,16 +129,26 @@ class DiagonalGaussian:
         return kl  # type: ignore[return-value]
 
     def rsample_kl(
-        self, other: "DiagonalGaussian | None" = None, sample_shape: tuple[int, ...] = (), *, seed: Any = None,
-        generator: torch.Generator | None = None, eps: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self,
+        other: "DiagonalGaussian | None" = None,
+        sample_shape: tuple[int, ...] = (),
+        *,
+        seed: Any = None,
+        generator: torch.Generator | None = None,
+        eps: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """(rsample(sample_shape), kl(other)) in one pass."""
         return executors.run(  # type: ignore[return-value]
             self._call(
-                z=True, kl=True, prior=self._prior(other), sample_shape=sample_shape, seed=seed, generator=generator,
+                z=True,
+                kl=True,
+                prior=self._prior(other),
+                sample_shape=sample_shape,
+                seed=seed,
+                generator=generator,
                 eps=eps,
             )
-        )  # fmt: skip
+        )
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log N(z; mu, sigma^2) in nats, summed over the event dims, in plain torch; float32, or float64 for float64."""

@@ -18,11 +18,12 @@ class Latent(torch.autograd.Function):
         *tensors, ctx.spec = call
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        return backends.of(tensors[0].device).forward(Call(*call))
+        z, kl = backends.of(tensors[0].device).forward(Call(*call))
+        return z, kl
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor | None, dkl: Tensor | None) -> tuple[Tensor | None, ...]:
-        call = Call(*ctx.saved_tensors, ctx.spec)
+        call = Call(*(*ctx.saved_tensors, ctx.spec))
         if torch.is_grad_enabled():
             return (*differentiable_backward(call, ctx.needs_input_grad, dz, dkl), None, None, None)
         wanted = ctx.needs_input_grad[:4]
@@ -48,7 +49,7 @@ def differentiable_backward(
     call: Call, wanted: tuple[bool, ...], dz: Tensor | None, dkl: Tensor | None
 ) -> list[Tensor | None]:
     """The gradients as a function that autograd can differentiate again: the formula's own."""
-    inputs = [t for t, want in zip(call[:4], wanted, strict=False) if want]
+    inputs = [t for t, want in zip(call[:4], wanted, strict=False) if want and t is not None]
     pairs = [(y, g) for y, g in zip(formula(call), (dz, dkl), strict=True) if y is not None and g is not None]
     if not pairs:
         return [None] * 4

@@ -34,10 +34,17 @@ class GaussianHead(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, latent_features: int, mean_in_eval: bool = False, *, param: str = "logvar",
-        min_std: float = 0.0, clamp: tuple[float, float] | None = None, device: Any = None,
+        self,
+        in_features: int,
+        latent_features: int,
+        mean_in_eval: bool = False,
+        *,
+        param: str = "logvar",
+        min_std: float = 0.0,
+        clamp: tuple[float, float] | None = None,
+        device: Any = None,
         dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.mu = nn.Linear(in_features, latent_features, device=device, dtype=dtype)
         self.logvar = nn.Linear(in_features, latent_features, device=device, dtype=dtype)
@@ -45,12 +52,18 @@ class GaussianHead(nn.Module):
         self.param, self.min_std, self.clamp = param, min_std, clamp
 
     def forward(
-        self, h: Tensor, *, seed: Any = None, generator: torch.Generator | None = None, eps: Tensor | None = None,
-        sample_shape: tuple[int, ...] = (), prior: Any = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self,
+        h: Tensor,
+        *,
+        seed: Any = None,
+        generator: torch.Generator | None = None,
+        eps: Tensor | None = None,
+        sample_shape: tuple[int, ...] = (),
+        prior: Any = None,
+    ) -> tuple[Tensor, Tensor]:
         """h (..., in_features) to z (..., latent_features) and kl; the keywords are those of reparameterize_kl."""
         mu, x = self.mu(h), self.logvar(h)
-        scale = {"param": self.param, "min_std": self.min_std, "clamp": self.clamp}
+        scale: dict[str, Any] = {"param": self.param, "min_std": self.min_std, "clamp": self.clamp}
         if self.mean_in_eval and not self.training:
             return mu.expand(*sample_shape, *mu.shape), kl_divergence(mu, x, prior=prior, **scale)
         return reparameterize_kl(

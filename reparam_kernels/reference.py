@@ -90,9 +90,12 @@ def widen(t: Tensor) -> Tensor:
 
 
 def randn(
-    *size: Any, seed: Any = None, generator: torch.Generator | None = None, dtype: torch.dtype | None = None,
+    *size: Any,
+    seed: Any = None,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
     device: Any = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """As reparam_kernels.randn, to the noise's accuracy."""
     shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
     at = torch.device(device) if device is not None else torch.get_default_device()
@@ -101,41 +104,93 @@ def randn(
 
 
 def reparameterize(
-    mu: Tensor, logvar: Tensor, *, seed: Any = None, generator: Any = None, eps: Any = None, sample_shape: Any = (),
-    param: str = "logvar", min_std: float = 0.0, clamp: Any = None,
-) -> Tensor:  # fmt: skip
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    seed: Any = None,
+    generator: Any = None,
+    eps: Any = None,
+    sample_shape: Any = (),
+    param: str = "logvar",
+    min_std: float = 0.0,
+    clamp: Any = None,
+) -> Tensor:
     """As reparam_kernels.reparameterize, in plain torch."""
     z, _ = formula(
         prepare(
-            "reference.reparameterize", mu, logvar, z=True, seed=seed, generator=generator, eps=eps,
-            sample_shape=sample_shape, param=param, min_std=min_std, clamp=clamp,
+            "reference.reparameterize",
+            mu,
+            logvar,
+            z=True,
+            seed=seed,
+            generator=generator,
+            eps=eps,
+            sample_shape=sample_shape,
+            param=param,
+            min_std=min_std,
+            clamp=clamp,
         )
-    )  # fmt: skip
+    )
     return z  # type: ignore[return-value]
 
 
 def kl_divergence(
-    mu: Tensor, logvar: Tensor, *, event_ndim: int | None = None, prior: Any = None, param: str = "logvar",
-    min_std: float = 0.0, clamp: Any = None,
-) -> Tensor:  # fmt: skip
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    event_ndim: int | None = None,
+    prior: Any = None,
+    param: str = "logvar",
+    min_std: float = 0.0,
+    clamp: Any = None,
+) -> Tensor:
     """As reparam_kernels.kl_divergence, in plain torch."""
     _, kl = formula(
         prepare(
-            "reference.kl_divergence", mu, logvar, kl=True, event_ndim=event_ndim, prior=prior, param=param,
-            min_std=min_std, clamp=clamp,
+            "reference.kl_divergence",
+            mu,
+            logvar,
+            kl=True,
+            event_ndim=event_ndim,
+            prior=prior,
+            param=param,
+            min_std=min_std,
+            clamp=clamp,
         )
-    )  # fmt: skip
+    )
     return kl  # type: ignore[return-value]
 
 
 def reparameterize_kl(
-    mu: Tensor, logvar: Tensor, *, seed: Any = None, generator: Any = None, eps: Any = None, sample_shape: Any = (),
-    event_ndim: int | None = None, prior: Any = None, param: str = "logvar", min_std: float = 0.0, clamp: Any = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    seed: Any = None,
+    generator: Any = None,
+    eps: Any = None,
+    sample_shape: Any = (),
+    event_ndim: int | None = None,
+    prior: Any = None,
+    param: str = "logvar",
+    min_std: float = 0.0,
+    clamp: Any = None,
+) -> tuple[Tensor, Tensor]:
     """As reparam_kernels.reparameterize_kl, in plain torch."""
     return formula(  # type: ignore[return-value]
         prepare(
-            "reference.reparameterize_kl", mu, logvar, z=True, kl=True, seed=seed, generator=generator, eps=eps,
-            sample_shape=sample_shape, event_ndim=event_ndim, prior=prior, param=param, min_std=min_std, clamp=clamp,
+            "reference.reparameterize_kl",
+            mu,
+            logvar,
+            z=True,
+            kl=True,
+            seed=seed,
+            generator=generator,
+            eps=eps,
+            sample_shape=sample_shape,
+            event_ndim=event_ndim,
+            prior=prior,
+            param=param,
+            min_std=min_std,
+            clamp=clamp,
         )
-    )  # fmt: skip
+    )

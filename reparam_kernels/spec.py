@@ -62,9 +62,17 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @lru_cache(maxsize=1024)
 def _spec(
-    where: str, ndim: int, z: bool, kl: bool, sample_shape: Any, event_ndim: Any, param: Any, min_std: Any,
-    clamp: Any, packed: int | None,
-) -> Spec:  # fmt: skip
+    where: str,
+    ndim: int,
+    z: bool,
+    kl: bool,
+    sample_shape: Any,
+    event_ndim: Any,
+    param: Any,
+    min_std: Any,
+    clamp: Any,
+    packed: int | None,
+) -> Spec:
     min_std, clamp = checks.scale(where, param, min_std, clamp)
     sample_shape = checks.sizes(where, "sample_shape", sample_shape)
     event_ndim = checks.event_dims(where, event_ndim, ndim) if kl else 0
@@ -117,10 +125,23 @@ def _take_prior(where: str, prior: Any, mu: Tensor, shape: torch.Size) -> list[T
 
 
 def prepare(
-    where: str, mu: Any, x: Any, *, z: bool = False, kl: bool = False, seed: Any = None, generator: Any = None,
-    eps: Any = None, sample_shape: Any = (), event_ndim: Any = None, prior: Any = None, param: Any = "logvar",
-    min_std: Any = 0.0, clamp: Any = None, packed: int | None = None,
-) -> Call:  # fmt: skip
+    where: str,
+    mu: Any,
+    x: Any,
+    *,
+    z: bool = False,
+    kl: bool = False,
+    seed: Any = None,
+    generator: Any = None,
+    eps: Any = None,
+    sample_shape: Any = (),
+    event_ndim: Any = None,
+    prior: Any = None,
+    param: Any = "logvar",
+    min_std: Any = 0.0,
+    clamp: Any = None,
+    packed: int | None = None,
+) -> Call:
     """Checks the arguments of a public function and puts them in order; `where` is its name, for errors."""
     if seed is not None or generator is not None or eps is not None:
         checks.one_source(where, seed, generator, eps)
@@ -134,7 +155,7 @@ def prepare(
             checks.like_mu(where, "logvar", x, mu)
         shape = mu.shape
     else:
-        shape = mu.shape[:packed] + (mu.shape[packed] // 2,) + mu.shape[packed + 1 :]
+        shape = torch.Size((*mu.shape[:packed], mu.shape[packed] // 2, *mu.shape[packed + 1 :]))
     if isinstance(clamp, list):
         clamp = tuple(clamp)
     if isinstance(sample_shape, list):

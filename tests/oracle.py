@@ -53,9 +53,7 @@ def box_muller(x, y):
     m = (b & 0x7FFFFF) | 0x3F000000
     f = np.where(xi < 0, v, m.view(np.float32) - np.float32(1))
     e = np.where(xi < 0, 0, b - m).astype(np.float32)
-    q = horner(
-        f, 2.321223736, 2.072345257, 1.503254056, -0.1016341075, 0.5393293500, -0.6642580628, 1.000049233, -2.0
-    )
+    q = horner(f, 2.321223736, 2.072345257, 1.503254056, -0.1016341075, 0.5393293500, -0.6642580628, 1.000049233, -2.0)
     r = np.sqrt(fma(f, q, e * np.float32(-1.6525917e-7)))
     y2 = y << np.uint32(1)
     signed = (r.view(np.uint32) ^ ((y ^ y2) & np.uint32(0x80000000))).view(np.float32)

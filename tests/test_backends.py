@@ -29,7 +29,7 @@ def test_an_instruction_set_can_be_forced(isa):
 
     code = SAMPLE + "; from reparam_kernels import _C; print(_C.isa())"
     if isa in _C.available():
-        assert python(code, REPARAM_CPU_ISA=isa).split() == python(code).split()[:2] + [isa]
+        assert python(code, REPARAM_CPU_ISA=isa).split() == [*python(code).split()[:2], isa]
     else:
         assert "instruction set: must be one that this CPU and build have" in python(code, 1, REPARAM_CPU_ISA=isa)
 
@@ -59,7 +59,9 @@ def test_without_the_extension_the_reference_runs_and_says_why_once():
     code = "import sys; sys.modules['reparam_kernels._C'] = None; " + SAMPLE + "; rk.randn(3); rk.randn(3)"
     out = python(code)
     assert out.startswith("reference 1.78875")
-    assert out.count("UserWarning: reparam_kernels: runs in plain torch on cpu, slower: import of reparam_kernels._C") == 1
+    assert (
+        out.count("UserWarning: reparam_kernels: runs in plain torch on cpu, slower: import of reparam_kernels._C") == 1
+    )
 
 
 def test_gradients_flow_in_the_reference_backend():

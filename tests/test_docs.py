@@ -33,7 +33,7 @@ def test_python_blocks_of_a_page_run_in_order(page):
     for block in blocks(page):
         printed = []
         space["print"] = lambda *values, printed=printed: printed.append(" ".join(map(str, values)))
-        exec(compile(block, page.name, "exec"), space)  # noqa: S102
+        exec(compile(block, page.name, "exec"), space)
         assert printed == re.findall(r"# -> (.*)", block)
 
 

@@ -140,7 +140,7 @@ CASES = {
     "min_std": (
         lambda: rk.reparameterize(MU, X, min_std=0.1),
         ValueError,
-        'reparameterize: min_std goes with param="softplus" only; got min_std 0.1 with param \'logvar\'. '
+        "reparameterize: min_std goes with param=\"softplus\" only; got min_std 0.1 with param 'logvar'. "
         "Leave min_std out, or use clamp.",
     ),
     "negative min_std": (
@@ -233,7 +233,7 @@ def test_a_keyword_that_means_nothing_is_a_type_error(function, keyword):
 
 
 def test_reference_checks_the_same():
-    with pytest.raises(ValueError, match="reference.reparameterize: logvar must have the shape of mu"):
+    with pytest.raises(ValueError, match=r"reference\.reparameterize: logvar must have the shape of mu"):
         rk.reference.reparameterize(MU, X[:1])
 
 
@@ -248,9 +248,15 @@ def test_autocast_promotes_mixed_floats_to_the_widest():
 
 def call_forward(**changed):
     tensors = {
-        "mu": torch.zeros(4, 3), "x": torch.zeros(4, 3), "mu_p": None, "x_p": None, "seed": torch.tensor([1]),
-        "eps": None, "z": torch.zeros(4, 3), "kl": torch.zeros(4),
-    }  # fmt: skip
+        "mu": torch.zeros(4, 3),
+        "x": torch.zeros(4, 3),
+        "mu_p": None,
+        "x_p": None,
+        "seed": torch.tensor([1]),
+        "eps": None,
+        "z": torch.zeros(4, 3),
+        "kl": torch.zeros(4),
+    }
     options = _C.Options(_C.Param.logvar, 0.0, False, 0.0, 0.0)
     _C.forward(options, *{**tensors, **changed}.values(), 1)
 

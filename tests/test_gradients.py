@@ -1,4 +1,4 @@
-"""Gradients: gradcheck in float64 on every op and option, float64 truth for the other dtypes, and the VAE's whole ELBO."""
+"""gradcheck in float64 on every op and option and on the VAE's whole ELBO; float64 truth for the other dtypes."""
 
 import pytest
 import torch
@@ -110,7 +110,9 @@ def test_gradients_match_float64(backend, param, samples, dtype):
         mu, x = inputs((16, 33), dtype, param, scale, requires_grad=True)
         prior = tuple(inputs((33,), dtype, param, scale, seed=1, requires_grad=True))
         z, kl = rk.reparameterize_kl(mu, x, seed=5, param=param, prior=prior, sample_shape=samples)
-        wide, wide_prior, true = truth(mu, x, noise(z.shape, 5, samples), param=param, prior=prior, sample_shape=samples)
+        wide, wide_prior, true = truth(
+            mu, x, noise(z.shape, 5, samples), param=param, prior=prior, sample_shape=samples
+        )
         dz = torch.randn(z.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
         dkl = torch.randn(kl.shape, generator=torch.Generator().manual_seed(3))
         got = torch.autograd.grad((z, kl), (mu, x, *prior), (dz, dkl))

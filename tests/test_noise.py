@@ -41,7 +41,9 @@ def eps_of(seed, count, dtype=torch.float32):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_eps_has_the_oracle_s_bits_on_every_instruction_set(isa, seed):
-    np.testing.assert_array_equal(eps_of(seed, 1_000_003).numpy().view(np.int32), oracle.randn(seed, 1_000_003).view(np.int32))
+    np.testing.assert_array_equal(
+        eps_of(seed, 1_000_003).numpy().view(np.int32), oracle.randn(seed, 1_000_003).view(np.int32)
+    )
 
 
 @pytest.mark.parametrize("seed", SEEDS[-3:])

@@ -31,7 +31,9 @@ def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     images = load(args.data)
-    print(f"{len(images.train)} images to train on, {len(images.test)} held out, {images.height} x {images.width} pixels")
+    print(
+        f"{len(images.train)} images to train on, {len(images.test)} held out, {images.height} x {images.width} pixels"
+    )
     names = ("kernels", "reference") if args.impl == "both" else (args.impl,)
     models, histories = {}, {}
     for impl in names:
@@ -56,7 +58,9 @@ def main() -> None:
     print(f"\n{'nats an image':14} {'ELBO':>9} {'reconstr.':>10} {'KL':>7} {'held-out ELBO':>14}")
     for impl in names:
         last = histories[impl][-1]
-        print(f"{impl:14} {last['elbo']:9.3f} {last['reconstruction']:10.3f} {last['kl']:7.3f} {last['held_out']:14.4f}")
+        print(
+            f"{impl:14} {last['elbo']:9.3f} {last['reconstruction']:10.3f} {last['kl']:7.3f} {last['held_out']:14.4f}"
+        )
     print("\npictures:\n" + "\n".join(f"  {path}" for path in drawn))
 
 

@@ -20,7 +20,9 @@ class Terms(NamedTuple):
 class VAE(nn.Module):
     """impl: the fused ops, the same functions in plain torch with the same noise, or the tutorial's torch.randn."""
 
-    def __init__(self, pixels: int, latent: int = 2, hidden: int = 256, likelihood: str = "bernoulli", impl: str = "kernels"):
+    def __init__(
+        self, pixels: int, latent: int = 2, hidden: int = 256, likelihood: str = "bernoulli", impl: str = "kernels"
+    ):
         super().__init__()
         self.likelihood, self.impl = likelihood, impl
         self.encoder = nn.Sequential(nn.Linear(pixels, hidden), nn.Tanh())

@@ -34,7 +34,9 @@ def main() -> None:
     args = parser.parse_args()
     found = final_elbos(load(), Options(epochs=args.epochs), range(args.seeds))
     for impl, elbos in found.items():
-        print(f"{impl:8} held-out ELBO {statistics.mean(elbos):8.3f} +- {statistics.stdev(elbos):.3f} over {args.seeds} seeds")
+        print(
+            f"{impl:8} held-out ELBO {statistics.mean(elbos):8.3f} +- {statistics.stdev(elbos):.3f} over {args.seeds} seeds"
+        )
     print(f"difference: {gap_in_errors(found):+.2f} standard errors")
 
 

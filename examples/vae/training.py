@@ -50,14 +50,18 @@ def start(images: Images, options: Options) -> tuple[VAE, torch.optim.Optimizer]
     return model, torch.optim.Adam(model.parameters(), lr=options.lr)
 
 
-def train(images: Images, options: Options, checkpoint: Path | None = None, resume: bool = False, quiet: bool = False) -> tuple[VAE, list[dict[str, float]]]:
+def train(
+    images: Images, options: Options, checkpoint: Path | None = None, resume: bool = False, quiet: bool = False
+) -> tuple[VAE, list[dict[str, float]]]:
     """The trained model and, for each epoch, its mean ELBO, reconstruction, KL and held-out ELBO, in nats an image."""
     model, optimizer = start(images, options)
     history: list[dict[str, float]] = []
     if resume and checkpoint is not None:
         history = restore(checkpoint, model, optimizer, options)
     epochs = range(len(history), options.epochs)
-    with tqdm(epochs, desc=options.impl, unit="epoch", disable=quiet, initial=len(history), total=options.epochs) as bar:
+    with tqdm(
+        epochs, desc=options.impl, unit="epoch", disable=quiet, initial=len(history), total=options.epochs
+    ) as bar:
         for epoch in bar:
             history.append(train_epoch(model, optimizer, images, options, epoch))
             bar.set_postfix(elbo=f"{history[-1]['elbo']:.2f}", held_out=f"{history[-1]['held_out']:.2f}")
@@ -66,7 +70,9 @@ def train(images: Images, options: Options, checkpoint: Path | None = None, resu
     return model, history
 
 
-def train_epoch(model: VAE, optimizer: torch.optim.Optimizer, images: Images, options: Options, epoch: int) -> dict[str, float]:
+def train_epoch(
+    model: VAE, optimizer: torch.optim.Optimizer, images: Images, options: Options, epoch: int
+) -> dict[str, float]:
     nll = kl = 0.0
     for step, x in batches(images.train, options, epoch):
         terms = model(x, options.seed * STREAM + step)
@@ -80,11 +86,16 @@ def train_epoch(model: VAE, optimizer: torch.optim.Optimizer, images: Images, op
     return {"epoch": epoch + 1, "elbo": -(nll + kl) / n, "reconstruction": nll / n, "kl": kl / n, "held_out": held_out}
 
 
-def save(path: Path, model: VAE, optimizer: torch.optim.Optimizer, options: Options, history: list[dict[str, float]]) -> None:
+def save(
+    path: Path, model: VAE, optimizer: torch.optim.Optimizer, options: Options, history: list[dict[str, float]]
+) -> None:
     state: dict[str, Any] = {
-        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "options": asdict(options), "history": history,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "options": asdict(options),
+        "history": history,
         "random": torch.get_rng_state(),  # for impl "plain", which draws from torch's generator
-    }  # fmt: skip
+    }
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(path)

@@ -12,9 +12,7 @@ from torch import Tensor
 NAMES = ("cpu", "triton", "reference")
 FORCED = os.environ.get("REPARAM_BACKEND")
 if FORCED is not None and FORCED not in NAMES:
-    raise ValueError(
-        f"REPARAM_BACKEND: must be one of {', '.join(NAMES)}; got {FORCED!r}. Correct it, or unset it."
-    )
+    raise ValueError(f"REPARAM_BACKEND: must be one of {', '.join(NAMES)}; got {FORCED!r}. Correct it, or unset it.")
 
 
 def cpu_missing() -> str | None:

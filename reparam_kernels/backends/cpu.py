@@ -38,9 +38,16 @@ def forward(call: Call) -> tuple[Tensor | None, Tensor | None]:
     if spec.kl:
         kl = mu.new_empty(shape[: len(shape) - spec.event_ndim], dtype=accumulate_dtype(mu.dtype))
     _C.forward(
-        _options_of(spec), mu, x, *expanded_prior(call, mu.shape), call.seed if spec.z else None, call.eps, z, kl,
+        _options_of(spec),
+        mu,
+        x,
+        *expanded_prior(call, mu.shape),
+        call.seed if spec.z else None,
+        call.eps,
+        z,
+        kl,
         torch.get_num_threads(),
-    )  # fmt: skip
+    )
     return z, kl
 
 
@@ -61,9 +68,20 @@ def backward(
     priors = zip((call.mu_p, call.x_p), want_prior, strict=True)
     dmu_p, dx_p = (prior_gradient(p, mu) if want and dkl is not None else None for p, want in priors)
     _C.backward(
-        _options_of(call.spec), mu, x, *expanded_prior(call, mu.shape), call.seed if noisy else None,
-        call.eps if noisy else None, dz, dkl, dmu, dx, dmu_p, dx_p, torch.get_num_threads(),
-    )  # fmt: skip
+        _options_of(call.spec),
+        mu,
+        x,
+        *expanded_prior(call, mu.shape),
+        call.seed if noisy else None,
+        call.eps if noisy else None,
+        dz,
+        dkl,
+        dmu,
+        dx,
+        dmu_p,
+        dx_p,
+        torch.get_num_threads(),
+    )
     if call.x is None:
         return packed, None, dmu_p, dx_p
     return dmu, dx, dmu_p, dx_p

@@ -283,9 +283,18 @@ def element_wide(mu, x, mu_p, x_p, min_std, PARAM: tl.constexpr, PRIOR: tl.const
 
 @triton.jit
 def element(
-    mu, x, mu_p, x_p, min_std, unit_hi, unit_lo, unit_slope, PARAM: tl.constexpr, PRIOR: tl.constexpr,
+    mu,
+    x,
+    mu_p,
+    x_p,
+    min_std,
+    unit_hi,
+    unit_lo,
+    unit_slope,
+    PARAM: tl.constexpr,
+    PRIOR: tl.constexpr,
     WIDE: tl.constexpr,
-):  # fmt: skip
+):
     if WIDE:
         return element_wide(mu, x, mu_p, x_p, min_std, PARAM, PRIOR)
     elif PARAM == LOGVAR:
@@ -324,9 +333,22 @@ def lead_of(row, cols, per_seed, NOISE: tl.constexpr):
 
 @triton.jit
 def noise(
-    seed_ptr, eps_ptr, row, lane, block, lead, sample, rows, cols, per_seed, mask, NOISE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+    seed_ptr,
+    eps_ptr,
+    row,
+    lane,
+    block,
+    lead,
+    sample,
+    rows,
+    cols,
+    per_seed,
+    mask,
+    NOISE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """eps of one sample: the user's, or made here."""
     if NOISE == GIVEN:
         eps = tl.load(eps_ptr + ((row * 0 + sample) * rows + row) * cols + (lane - lead), mask=mask, other=0.0)
@@ -375,9 +397,7 @@ def clamp(x, LOW: tl.constexpr, HIGH: tl.constexpr):
 
 
 @triton.jit
-def randn_kernel(
-    out_ptr, seed_ptr, rows, cols, chunks, NOISE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def randn_kernel(out_ptr, seed_ptr, rows, cols, chunks, NOISE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row, lane, block = tile(chunks, ROWS, BLOCK)
     mask = (row < rows) & (lane < cols)
     eps = noise(seed_ptr, None, row, lane, block, 0, 0, rows, cols, 1, mask, NOISE, ROWS, BLOCK, False)
@@ -386,18 +406,47 @@ def randn_kernel(
 
 @triton.jit
 def forward_kernel(
-    mu_ptr, x_ptr, mu_p_ptr, x_p_ptr,  # inputs, each with its outer, step and col strides below
-    seed_ptr, eps_ptr,  # int64 [rows / per_seed], or the user's noise [samples, rows, cols]
+    mu_ptr,
+    x_ptr,
+    mu_p_ptr,
+    x_p_ptr,  # inputs, each with its outer, step and col strides below
+    seed_ptr,
+    eps_ptr,  # int64 [rows / per_seed], or the user's noise [samples, rows, cols]
     z_ptr,  # [samples, rows, cols]
     kl_ptr,  # elementwise [rows, cols], else a sum for each row and chunk [rows, chunks]
-    rows, cols, chunks, samples, per_seed, nest,
-    mu_outer, mu_step, mu_col, x_outer, x_step, x_col,
-    mu_p_outer, mu_p_step, mu_p_col, x_p_outer, x_p_step, x_p_col,
-    PARAM: tl.constexpr, MIN_STD: tl.constexpr, UNIT_HI: tl.constexpr, UNIT_LO: tl.constexpr,
-    UNIT_SLOPE: tl.constexpr, CLAMP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    ELEMENTWISE: tl.constexpr, NOISE: tl.constexpr, NEST: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    rows,
+    cols,
+    chunks,
+    samples,
+    per_seed,
+    nest,
+    mu_outer,
+    mu_step,
+    mu_col,
+    x_outer,
+    x_step,
+    x_col,
+    mu_p_outer,
+    mu_p_step,
+    mu_p_col,
+    x_p_outer,
+    x_p_step,
+    x_p_col,
+    PARAM: tl.constexpr,
+    MIN_STD: tl.constexpr,
+    UNIT_HI: tl.constexpr,
+    UNIT_LO: tl.constexpr,
+    UNIT_SLOPE: tl.constexpr,
+    CLAMP: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    ELEMENTWISE: tl.constexpr,
+    NOISE: tl.constexpr,
+    NEST: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     PRIOR: tl.constexpr = mu_p_ptr is not None
     row, lane, block = tile(chunks, ROWS, BLOCK)
     lead = lead_of(row, cols, per_seed, NOISE)
@@ -412,9 +461,7 @@ def forward_kernel(
     if PRIOR:
         mu_p = read(mu_p_ptr, row, position, nest, mu_p_outer, mu_p_step, mu_p_col, mask, NEST, WIDE)
         x_p = read(x_p_ptr, row, position, nest, x_p_outer, x_p_step, x_p_col, mask, NEST, WIDE)
-    sigma, kl, _, _, _, _ = element(
-        mu, x, mu_p, x_p, MIN_STD, UNIT_HI, UNIT_LO, UNIT_SLOPE, PARAM, PRIOR, WIDE
-    )
+    sigma, kl, _, _, _, _ = element(mu, x, mu_p, x_p, MIN_STD, UNIT_HI, UNIT_LO, UNIT_SLOPE, PARAM, PRIOR, WIDE)
     if kl_ptr is not None:
         if ELEMENTWISE:
             tl.store(kl_ptr + row * cols + position, kl, mask=mask)
@@ -433,20 +480,58 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    mu_ptr, x_ptr, mu_p_ptr, x_p_ptr, seed_ptr, eps_ptr,  # as in forward
+    mu_ptr,
+    x_ptr,
+    mu_p_ptr,
+    x_p_ptr,
+    seed_ptr,
+    eps_ptr,  # as in forward
     dz_ptr,  # [samples, rows, cols] by strides
     dkl_ptr,  # elementwise [rows, cols], else one for each per_kl rows
-    dmu_ptr, dx_ptr,  # by out_outer, out_step
-    dmu_p_ptr, dx_p_ptr,  # [rows, cols]
-    rows, cols, chunks, samples, per_seed, per_kl, nest,
-    mu_outer, mu_step, mu_col, x_outer, x_step, x_col,
-    mu_p_outer, mu_p_step, mu_p_col, x_p_outer, x_p_step, x_p_col,
-    dz_sample, dz_outer, dz_step, dz_col, out_outer, out_step,
-    PARAM: tl.constexpr, MIN_STD: tl.constexpr, UNIT_HI: tl.constexpr, UNIT_LO: tl.constexpr,
-    UNIT_SLOPE: tl.constexpr, CLAMP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    ELEMENTWISE: tl.constexpr, NOISE: tl.constexpr, NEST: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    dmu_ptr,
+    dx_ptr,  # by out_outer, out_step
+    dmu_p_ptr,
+    dx_p_ptr,  # [rows, cols]
+    rows,
+    cols,
+    chunks,
+    samples,
+    per_seed,
+    per_kl,
+    nest,
+    mu_outer,
+    mu_step,
+    mu_col,
+    x_outer,
+    x_step,
+    x_col,
+    mu_p_outer,
+    mu_p_step,
+    mu_p_col,
+    x_p_outer,
+    x_p_step,
+    x_p_col,
+    dz_sample,
+    dz_outer,
+    dz_step,
+    dz_col,
+    out_outer,
+    out_step,
+    PARAM: tl.constexpr,
+    MIN_STD: tl.constexpr,
+    UNIT_HI: tl.constexpr,
+    UNIT_LO: tl.constexpr,
+    UNIT_SLOPE: tl.constexpr,
+    CLAMP: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    ELEMENTWISE: tl.constexpr,
+    NOISE: tl.constexpr,
+    NEST: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     PRIOR: tl.constexpr = mu_p_ptr is not None
     row, lane, block = tile(chunks, ROWS, BLOCK)
     lead = lead_of(row, cols, per_seed, NOISE)
@@ -469,7 +554,18 @@ def backward_kernel(
     dsigma = tl.zeros_like(mu)
     if dz_ptr is not None:
         for sample in range(samples):
-            dz = read(dz_ptr + (row * 0 + sample) * dz_sample, row, position, nest, dz_outer, dz_step, dz_col, mask, NEST, WIDE)
+            dz = read(
+                dz_ptr + (row * 0 + sample) * dz_sample,
+                row,
+                position,
+                nest,
+                dz_outer,
+                dz_step,
+                dz_col,
+                mask,
+                NEST,
+                WIDE,
+            )
             eps = noise(
                 seed_ptr, eps_ptr, row, lane, block, lead, sample, rows, cols, per_seed, mask, NOISE, ROWS, BLOCK, WIDE
             )

@@ -136,7 +136,7 @@ def randn(out: Tensor, seed: Tensor) -> None:
     with on(out.device):
         kernels.randn_kernel[(triton.cdiv(layout.rows, block_rows) * chunks,)](
             out, seed, layout.rows, layout.cols, chunks, NOISE=ALIGNED.value, ROWS=block_rows, BLOCK=block, **OPTIONS
-        )  # fmt: skip
+        )
 
 
 def forward(call: Call) -> tuple[Tensor | None, Tensor | None]:
@@ -162,11 +162,29 @@ def forward(call: Call) -> tuple[Tensor | None, Tensor | None]:
     mu_r, x_r, mu_p_r, x_p_r = layout.operands
     with on(mu.device):
         kernels.forward_kernel[(triton.cdiv(layout.rows, block_rows) * chunks,)](
-            mu_r.tensor, x_r.tensor, mu_p_r.tensor, x_p_r.tensor, call.seed, eps, z, target,
-            layout.rows, layout.cols, chunks, samples, per_seed, layout.nest, *flat(layout.operands),
-            **constants(spec, mu.dtype), ELEMENTWISE=not summed, NOISE=noise, NEST=layout.nest > 1, ROWS=block_rows,
-            BLOCK=block, **OPTIONS,
-        )  # fmt: skip
+            mu_r.tensor,
+            x_r.tensor,
+            mu_p_r.tensor,
+            x_p_r.tensor,
+            call.seed,
+            eps,
+            z,
+            target,
+            layout.rows,
+            layout.cols,
+            chunks,
+            samples,
+            per_seed,
+            layout.nest,
+            *flat(layout.operands),
+            **constants(spec, mu.dtype),
+            ELEMENTWISE=not summed,
+            NOISE=noise,
+            NEST=layout.nest > 1,
+            ROWS=block_rows,
+            BLOCK=block,
+            **OPTIONS,
+        )
         if target is not kl and kl is not None:
             size = min(triton.next_power_of_2(parts), 1024)
             kernels.row_sum_kernel[(kl.numel(),)](target, kl, parts, BLOCK=size, **OPTIONS)
@@ -195,9 +213,16 @@ def backward(
 
 
 def launch_backward(
-    call: Call, mu: Tensor, x: Tensor, dz: Tensor | None, dkl: Tensor | None, dmu: Tensor | None, dx: Tensor | None,
-    dmu_p: Tensor | None, dx_p: Tensor | None,
-) -> None:  # fmt: skip
+    call: Call,
+    mu: Tensor,
+    x: Tensor,
+    dz: Tensor | None,
+    dkl: Tensor | None,
+    dmu: Tensor | None,
+    dx: Tensor | None,
+    dmu_p: Tensor | None,
+    dx_p: Tensor | None,
+) -> None:
     spec, n = call.spec, mu.numel()
     samples = math.prod(spec.sample_shape)
     summed = dkl is not None and spec.event_ndim > 0
@@ -207,7 +232,9 @@ def launch_backward(
     if dz is not None:
         whole = dz.reshape(samples, *mu.shape)
     first = whole[0] if whole is not None and samples > 0 else None
-    layout = Layout(n, [mu, x, *expanded_prior(call, mu.shape), first, dmu if dmu is not None else dx], n // seeds, kl_cols)
+    layout = Layout(
+        n, [mu, x, *expanded_prior(call, mu.shape), first, dmu if dmu is not None else dx], n // seeds, kl_cols
+    )
     per_seed = n // seeds // layout.cols
     noisy = first is not None
     noise = noise_mode(layout, per_seed, samples, call, noisy)
@@ -218,10 +245,32 @@ def launch_backward(
         whole = whole.contiguous()  # the layout copied one sample; all of them lie like that now
     with on(mu.device):
         kernels.backward_kernel[(triton.cdiv(layout.rows, block_rows) * chunks,)](
-            *(o.tensor for o in inputs), call.seed, None if call.eps is None else call.eps.contiguous(),
-            whole if noisy else None, None if dkl is None else dkl.contiguous(), dmu, dx, dmu_p, dx_p,
-            layout.rows, layout.cols, chunks, samples, per_seed, per_kl, layout.nest, *flat(inputs),
-            whole.stride(0) if whole is not None else 0, *flat([dz_r]), out_r.outer, out_r.step,
-            **constants(spec, mu.dtype), ELEMENTWISE=not summed, NOISE=noise, NEST=layout.nest > 1, ROWS=block_rows,
-            BLOCK=block, **OPTIONS,
-        )  # fmt: skip
+            *(o.tensor for o in inputs),
+            call.seed,
+            None if call.eps is None else call.eps.contiguous(),
+            whole if noisy else None,
+            None if dkl is None else dkl.contiguous(),
+            dmu,
+            dx,
+            dmu_p,
+            dx_p,
+            layout.rows,
+            layout.cols,
+            chunks,
+            samples,
+            per_seed,
+            per_kl,
+            layout.nest,
+            *flat(inputs),
+            whole.stride(0) if whole is not None else 0,
+            *flat([dz_r]),
+            out_r.outer,
+            out_r.step,
+            **constants(spec, mu.dtype),
+            ELEMENTWISE=not summed,
+            NOISE=noise,
+            NEST=layout.nest > 1,
+            ROWS=block_rows,
+            BLOCK=block,
+            **OPTIONS,
+        )
