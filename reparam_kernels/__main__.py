@@ -19,7 +19,7 @@ def cpu_line() -> str:
     why = backends.cpu_missing()
     if why is not None:
         return f"missing: {why}"
-    from . import _C  # type: ignore[attr-defined]
+    from . import _C
 
     threads = f"OpenMP, {torch.get_num_threads()} threads" if _C.has_openmp() else "serial: built without OpenMP"
     return f"C++, {_C.isa()} of {', '.join(_C.available())} ({threads})"

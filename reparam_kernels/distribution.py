@@ -151,7 +151,7 @@ class DiagonalGaussian:
         )
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log N(z; mu, sigma^2) in nats, summed over the event dims, in plain torch; float32, or float64 for float64."""
+        """log N(z; mu, sigma^2) in nats, summed over the event dims; plain torch, in float32 (float64 for float64)."""
         checks.floating("DiagonalGaussian.log_prob", "z", z)
         wide = accumulate_dtype(self.mean.dtype)
         mu, x = self.mean.to(wide), self._x().to(wide)

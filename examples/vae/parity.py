@@ -34,9 +34,8 @@ def main() -> None:
     args = parser.parse_args()
     found = final_elbos(load(), Options(epochs=args.epochs), range(args.seeds))
     for impl, elbos in found.items():
-        print(
-            f"{impl:8} held-out ELBO {statistics.mean(elbos):8.3f} +- {statistics.stdev(elbos):.3f} over {args.seeds} seeds"
-        )
+        mean, spread = statistics.mean(elbos), statistics.stdev(elbos)
+        print(f"{impl:8} held-out ELBO {mean:8.3f} +- {spread:.3f} over {args.seeds} seeds")
     print(f"difference: {gap_in_errors(found):+.2f} standard errors")
 
 
