@@ -46,19 +46,20 @@ inline void randn_piece(const Problem& p, int64_t first, int n) {
 
 // ---- forward
 
+// sigma and, where asked, kl of each element.
 template <class C, Param kParam, bool kPrior>
-inline void posterior(const Constants<C>& c, const Inputs<C>& in, int n, C* sigma, C* kl) {
+inline void posterior(const Constants<C> c, int n, const C* mu, const C* x, const C* mu_p, const C* x_p,
+                      C* __restrict sigma, C* __restrict kl) {
   if (kl) {
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
-      const Element<C> e =
-          element<kParam, kPrior>(c, in.mu[i], clamp(c, in.x[i]), kPrior ? in.mu_p[i] : 0, kPrior ? in.x_p[i] : 0);
+      const Element<C> e = element<kParam, kPrior>(c, mu[i], x[i], kPrior ? mu_p[i] : C(0), kPrior ? x_p[i] : C(0));
       sigma[i] = e.sigma;
       kl[i] = e.kl;
     }
   } else {
 #pragma omp simd
-    for (int i = 0; i < n; ++i) sigma[i] = element<kParam, false>(c, in.mu[i], clamp(c, in.x[i]), C(0), C(0)).sigma;
+    for (int i = 0; i < n; ++i) sigma[i] = element<kParam, false>(c, mu[i], x[i], C(0), C(0)).sigma;
   }
 }
 
@@ -76,14 +77,14 @@ inline void store_kl(const Problem& p, const Pieces& pieces, int64_t piece, int6
 }
 
 template <class C>
-inline void forward_piece(const Problem& p, const Pieces& pieces, int64_t piece) {
+inline void forward_piece(const Problem& p, const Constants<C>& c, const Pieces& pieces, int64_t piece) {
   const int64_t first = pieces.begin(piece);
   const int n = (int)(pieces.end(piece) - first);
-  const Constants<C> c(p.options);
-  const Inputs<C> in(p, first, n);
+  const Inputs<C> in(p, c, first, n);
   Scratch<C> sigma, kl, noise_s, z_s;
   with_options(p, [&](auto param, auto prior) {
-    posterior<C, param.value, prior.value>(c, in, n, sigma.data, p.kl.data ? kl.data : nullptr);
+    posterior<C, param.value, prior.value>(c, n, in.mu, in.x, in.mu_p, in.x_p, sigma.data,
+                                           p.kl.data ? kl.data : nullptr);
   });
   if (p.kl.data) store_kl(p, pieces, piece, first, n, kl.data);
   if (!p.z.data) return;
@@ -146,45 +147,55 @@ REPARAM_INLINE void emit(const Operand& out, int64_t first, int n, Body g) {
   store(out, first, n, to);
 }
 
+// The slopes of sigma and, where asked, of kl, at each element.
 template <class C>
-inline void backward_piece(const Problem& p, const Pieces& pieces, int64_t piece) {
+struct Slopes {
+  Scratch<C> sigma, kl_x, kl_mu, kl_xp;
+};
+
+template <class C, Param kParam, bool kPrior>
+inline void slopes(const Constants<C> c, int n, const C* mu, const C* x, const C* mu_p, const C* x_p, bool kl,
+                   Slopes<C>& out) {
+  C *__restrict sigma = out.sigma.data, *__restrict kl_x = out.kl_x.data, *__restrict kl_mu = out.kl_mu.data,
+    *__restrict kl_xp = out.kl_xp.data;
+  if (kl) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) {
+      const Element<C> e = element<kParam, kPrior>(c, mu[i], x[i], kPrior ? mu_p[i] : C(0), kPrior ? x_p[i] : C(0));
+      sigma[i] = e.dsigma;
+      kl_x[i] = e.dkl_x;
+      kl_mu[i] = e.dkl_mu;
+      if (kPrior) kl_xp[i] = e.dkl_xp;
+    }
+  } else {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) sigma[i] = element<kParam, false>(c, mu[i], x[i], C(0), C(0)).dsigma;
+  }
+}
+
+template <class C>
+inline void backward_piece(const Problem& p, const Constants<C>& c, const Pieces& pieces, int64_t piece) {
   const int64_t first = pieces.begin(piece);
   const int n = (int)(pieces.end(piece) - first);
-  const Constants<C> c(p.options);
-  const Inputs<C> in(p, first, n);
+  const Inputs<C> in(p, c, first, n);
   const Incoming<C> g(p, first, n);
-  Scratch<C> dsigma, dkl_x, dkl_mu, dkl_xp;
+  Slopes<C> at;
   with_options(p, [&](auto param, auto prior) {
-    constexpr Param kParam = decltype(param)::value;
-    constexpr bool kPrior = decltype(prior)::value;
-    if (p.dkl.data) {
-#pragma omp simd
-      for (int i = 0; i < n; ++i) {
-        const Element<C> e =
-            element<kParam, kPrior>(c, in.mu[i], clamp(c, in.x[i]), kPrior ? in.mu_p[i] : 0, kPrior ? in.x_p[i] : 0);
-        dsigma.data[i] = e.dsigma;
-        dkl_x.data[i] = e.dkl_x;
-        dkl_mu.data[i] = e.dkl_mu;
-        if (kPrior) dkl_xp.data[i] = e.dkl_xp;
-      }
-    } else {
-#pragma omp simd
-      for (int i = 0; i < n; ++i)
-        dsigma.data[i] = element<kParam, false>(c, in.mu[i], clamp(c, in.x[i]), C(0), C(0)).dsigma;
-    }
+    slopes<C, param.value, prior.value>(c, n, in.mu, in.x, in.mu_p, in.x_p, p.dkl.data != nullptr, at);
   });
+  const C *dsigma = at.sigma.data, *dkl_x = at.kl_x.data, *dkl_mu = at.kl_mu.data, *dkl_xp = at.kl_xp.data;
+  const C *dz = g.dz.data, *ds = g.dsigma.data, *dkl = g.dkl.data, *raw = in.raw;
   if (p.dkl.data) {
-    emit<C>(p.dmu, first, n, [&](int i) { return fma(g.dkl.data[i], dkl_mu.data[i], g.dz.data[i]); });
-    emit<C>(p.dx, first, n, [&](int i) {
-      const C dx = p.dz.data ? fma(g.dsigma.data[i], dsigma.data[i], g.dkl.data[i] * dkl_x.data[i])
-                             : g.dkl.data[i] * dkl_x.data[i];
-      return clamp_slope(c, dx, in.x[i]);
-    });
-    emit<C>(p.dmu_p, first, n, [&](int i) { return -(g.dkl.data[i] * dkl_mu.data[i]); });
-    emit<C>(p.dx_p, first, n, [&](int i) { return g.dkl.data[i] * dkl_xp.data[i]; });
+    emit<C>(p.dmu, first, n, [=](int i) { return fma(dkl[i], dkl_mu[i], dz[i]); });
+    if (p.dz.data)
+      emit<C>(p.dx, first, n, [=](int i) { return clamp_slope(c, fma(ds[i], dsigma[i], dkl[i] * dkl_x[i]), raw[i]); });
+    else
+      emit<C>(p.dx, first, n, [=](int i) { return clamp_slope(c, dkl[i] * dkl_x[i], raw[i]); });
+    emit<C>(p.dmu_p, first, n, [=](int i) { return -(dkl[i] * dkl_mu[i]); });
+    emit<C>(p.dx_p, first, n, [=](int i) { return dkl[i] * dkl_xp[i]; });
   } else {
-    emit<C>(p.dmu, first, n, [&](int i) { return g.dz.data[i]; });
-    emit<C>(p.dx, first, n, [&](int i) { return clamp_slope(c, g.dsigma.data[i] * dsigma.data[i], in.x[i]); });
+    emit<C>(p.dmu, first, n, [=](int i) { return dz[i]; });
+    emit<C>(p.dx, first, n, [=](int i) { return clamp_slope(c, ds[i] * dsigma[i], raw[i]); });
   }
 }
 
@@ -197,14 +208,24 @@ void randn(const Problem& p, const Pieces& pieces, int64_t first, int64_t last) 
   }
 }
 
+template <class C>
+inline void forward_pieces(const Problem& p, const Pieces& pieces, int64_t first, int64_t last) {
+  const Constants<C> c(p.options);
+  for (int64_t i = first; i < last; ++i) forward_piece<C>(p, c, pieces, i);
+}
+
+template <class C>
+inline void backward_pieces(const Problem& p, const Pieces& pieces, int64_t first, int64_t last) {
+  const Constants<C> c(p.options);
+  for (int64_t i = first; i < last; ++i) backward_piece<C>(p, c, pieces, i);
+}
+
 void forward(const Problem& p, const Pieces& pieces, int64_t first, int64_t last) {
-  for (int64_t i = first; i < last; ++i)
-    p.wide ? forward_piece<double>(p, pieces, i) : forward_piece<float>(p, pieces, i);
+  p.wide ? forward_pieces<double>(p, pieces, first, last) : forward_pieces<float>(p, pieces, first, last);
 }
 
 void backward(const Problem& p, const Pieces& pieces, int64_t first, int64_t last) {
-  for (int64_t i = first; i < last; ++i)
-    p.wide ? backward_piece<double>(p, pieces, i) : backward_piece<float>(p, pieces, i);
+  p.wide ? backward_pieces<double>(p, pieces, first, last) : backward_pieces<float>(p, pieces, first, last);
 }
 
 void philox(const uint32_t counter[4], const uint32_t key[2], uint32_t words[4]) {

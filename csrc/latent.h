@@ -206,23 +206,24 @@ inline const double* eps_of(const Problem& p, int64_t sample, int64_t first, int
 
 template <class C>
 struct Inputs {
-  const C *mu, *x, *mu_p, *x_p;
-  Scratch<C> mu_s, x_s, mu_p_s, x_p_s;
+  const C *mu, *raw, *x, *mu_p = nullptr, *x_p = nullptr;  // x: raw, clamped
+  Scratch<C> mu_s, raw_s, x_s, mu_p_s, x_p_s;
 
-  inline Inputs(const Problem& p, int64_t first, int n) : mu_p(nullptr), x_p(nullptr) {
+  inline Inputs(const Problem& p, const Constants<C>& c, int64_t first, int n) {
     mu = load(p.mu, first, n, mu_s.data);
-    x = load(p.x, first, n, x_s.data);
+    x = raw = load(p.x, first, n, raw_s.data);
+    if (c.clamped) {
+      const C low = c.low, high = c.high;
+#pragma omp simd
+      for (int i = 0; i < n; ++i) x_s.data[i] = raw[i] < low ? low : raw[i] > high ? high : raw[i];  // keeps NaN
+      x = x_s.data;
+    }
     if (p.mu_p.data) {
       mu_p = load(p.mu_p, first, n, mu_p_s.data);
       x_p = load(p.x_p, first, n, x_p_s.data);
     }
   }
 };
-
-template <class C>
-REPARAM_INLINE C clamp(const Constants<C>& c, C x) {
-  return c.clamped ? (x < c.low ? c.low : x > c.high ? c.high : x) : x;  // keeps NaN
-}
 
 // 1 at a bound, 0 outside and for NaN, as torch.clamp.
 template <class C>
@@ -232,19 +233,28 @@ REPARAM_INLINE C clamp_slope(const Constants<C>& c, C slope, C x) {
 
 // ---- sums
 
+typedef double Four __attribute__((vector_size(32)));
+
+template <class C>
+REPARAM_INLINE Four four(const C* k) {
+  typedef C From __attribute__((vector_size(4 * sizeof(C))));
+  From a;
+  std::memcpy(&a, k, sizeof a);
+  return __builtin_convertvector(a, Four);
+}
+
 // The sum of n numbers in an order that n alone fixes: sixteen interleaved float64 sums, then a tree.
 template <class C>
 inline double ordered_sum(const C* k, int n) {
-  double sum[16] = {};
+  Four sum[4] = {};
   int i = 0;
-  for (; i + 16 <= n; i += 16) {
-#pragma omp simd
-    for (int j = 0; j < 16; ++j) sum[j] += k[i + j];
-  }
-  for (int j = 0; i + j < n; ++j) sum[j] += k[i + j];
-  for (int width = 8; width > 0; width /= 2)
-    for (int j = 0; j < width; ++j) sum[j] += sum[j + width];
-  return sum[0];
+  for (; i + 16 <= n; i += 16)
+    for (int j = 0; j < 4; ++j) sum[j] += four(k + i + 4 * j);
+  for (int j = 0; i + 4 <= n; i += 4) sum[j++] += four(k + i);
+  double tail = 0;
+  for (; i < n; ++i) tail += k[i];
+  const Four s = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  return ((s[0] + s[1]) + (s[2] + s[3])) + tail;
 }
 
 }  // namespace
