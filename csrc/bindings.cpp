@@ -105,9 +105,9 @@ Operand operand(const View& v) {
 }
 
 void check_contiguous(const View& v) {
+  if (v.numel() == 0) return;
   int64_t stride = 1;
   for (int i = v.t.ndim - 1; v && i >= 0; --i) {
-    if (v.t.shape[i] == 0) return;
     if (v.t.shape[i] != 1 && v.t.strides[i] != stride) refuse(v.name, "be contiguous", "strides that are not");
     stride *= v.t.shape[i];
   }
@@ -128,6 +128,7 @@ void check_like(const View& v, const View& mu) {
 
 // Gradients may be views, as the halves of a packed tensor are; no two elements may share memory.
 void check_distinct(const View& v) {
+  if (v.numel() == 0) return;
   for (int i = 0; v && i < v.t.ndim; ++i) {
     int64_t inner = 1;
     for (int k = i + 1; k < v.t.ndim; ++k) inner += (v.t.shape[k] - 1) * v.t.strides[k];

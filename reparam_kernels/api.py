@@ -56,10 +56,11 @@ def randn(
     seeds = take_seed("randn", seed, generator, result.device, items)
     with torch.no_grad():
         fill = result if result.is_contiguous() else torch.empty_like(result, memory_format=torch.contiguous_format)
-        if backends.has_kernels(result.device):
-            backends.of(result.device).randn(fill, seeds)
-        else:
+        backend = backends.of(result.device)
+        if backend is None:
             fill.copy_(reference.noise(seeds, tuple(result.shape)).float())
+        else:
+            backend.randn(fill, seeds)
         if fill is not result:
             result.copy_(fill)
     return result.requires_grad_(requires_grad) if requires_grad else result

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends
 from .function import Latent
@@ -9,27 +10,28 @@ from .reference import formula
 from .spec import Call
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_transforms_active = torch._C._functorch.peek_interpreter_stack
-_forward_ad_level = torch.autograd.forward_ad
+_transform = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def run(call: Call) -> tuple[Tensor | None, Tensor | None]:
     """(z, kl); None for what spec does not ask for."""
-    if takes_kernels(call):
-        z, kl = Latent.apply(*call)  # type: ignore[no-untyped-call]
-        return z, kl
-    return formula(call)
+    backend = backends.of(call.mu.device)
+    if backend is None or not is_plain(call):
+        return formula(call)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:4]):
+        z, kl = Latent.apply(call, *call[:4])  # type: ignore[no-untyped-call]
+    else:
+        z, kl = backend.forward(call)
+    return z, kl
 
 
-def takes_kernels(call: Call) -> bool:
-    """Plain tensors on a device with a kernel, no transform under way, no gradient to eps."""
-    mu = call.mu
+def is_plain(call: Call) -> bool:
+    """Plain tensors, no transform or mode under way, no gradient to eps: the kernels are all there is to do."""
     return (
-        type(mu) in _PLAIN
-        and backends.has_kernels(mu.device)
-        and _transforms_active() is None
+        type(call.mu) in _PLAIN
+        and _transform() is None
         and _dispatch_modes() == 0
-        and _forward_ad_level._current_level < 0
+        and forward_ad._current_level < 0
         and (call.eps is None or not call.eps.requires_grad)
     )

@@ -1,5 +1,6 @@
 """The one autograd.Function: fused forward, fused backward that makes eps again; saves the inputs and the seed."""
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,25 +12,36 @@ from .spec import Call
 
 
 class Latent(torch.autograd.Function):
-    """(mu, x, mu_p, x_p, seed, eps, spec) -> (z, kl), on the backend of mu's device."""
+    """(call, and its mu, x, mu_p, x_p for autograd to see) -> (z, kl), on the backend of mu's device."""
 
     @staticmethod
-    def forward(ctx: Any, *call: Any) -> tuple[Tensor | None, Tensor | None]:
-        *tensors, ctx.spec = call
-        ctx.save_for_backward(*tensors)
+    def forward(ctx: Any, call: Call, *differentiable: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        ctx.save_for_backward(*call[:-1])
+        ctx.spec = call.spec
         ctx.set_materialize_grads(False)
-        z, kl = backends.of(tensors[0].device).forward(Call(*call))
+        z, kl = kernels_of(call.mu).forward(call)
         return z, kl
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor | None, dkl: Tensor | None) -> tuple[Tensor | None, ...]:
-        call = Call(*(*ctx.saved_tensors, ctx.spec))
+        call = Call(*ctx.saved_tensors, spec=ctx.spec)
+        wanted = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
-            return (*differentiable_backward(call, ctx.needs_input_grad, dz, dkl), None, None, None)
-        wanted = ctx.needs_input_grad[:4]
-        dz, dkl = (None if g is None else g.resolve_neg() for g in (dz, dkl))
-        dmu, dx, dmu_p, dx_p = backends.of(call.mu.device).backward(call, dz, dkl, wanted)
-        return dmu, dx, reduced(dmu_p, call.mu_p), reduced(dx_p, call.x_p), None, None, None
+            return (None, *differentiable_backward(call, wanted, dz, dkl))
+        if dz is not None and dz.is_neg():
+            dz = dz.resolve_neg()
+        if dkl is not None and dkl.is_neg():
+            dkl = dkl.resolve_neg()
+        dmu, dx, dmu_p, dx_p = kernels_of(call.mu).backward(call, dz, dkl, wanted)
+        if call.mu_p is not None:
+            dmu_p, dx_p = reduced(dmu_p, call.mu_p), reduced(dx_p, call.x_p)
+        return None, dmu, dx, dmu_p, dx_p
+
+
+def kernels_of(mu: Tensor) -> ModuleType:
+    backend = backends.of(mu.device)
+    assert backend is not None  # the executors came here because there is one
+    return backend
 
 
 def reduced(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
@@ -49,10 +61,10 @@ def differentiable_backward(
     call: Call, wanted: tuple[bool, ...], dz: Tensor | None, dkl: Tensor | None
 ) -> list[Tensor | None]:
     """The gradients as a function that autograd can differentiate again: the formula's own."""
-    inputs = [t for t, want in zip(call[:4], wanted, strict=False) if want and t is not None]
+    inputs = [t for t, want in zip(call[:4], wanted, strict=True) if want and t is not None]
     pairs = [(y, g) for y, g in zip(formula(call), (dz, dkl), strict=True) if y is not None and g is not None]
     if not pairs:
         return [None] * 4
     outputs, grads = zip(*pairs, strict=True)
     found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=True, allow_unused=True))
-    return [next(found) if want else None for want in wanted[:4]]
+    return [next(found) if want else None for want in wanted]

@@ -1,12 +1,14 @@
 """One call, checked and put in order: what is asked (Spec) and of which tensors (Call)."""
 
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks
+
+CPU = torch.device("cpu")
 
 
 class Spec(NamedTuple):
@@ -81,9 +83,11 @@ def _spec(
 
 def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
     """One random seed, the only draw of a call; no host synchronisation."""
-    if generator is None:
-        return torch.randint(0, 2**63 - 1, (1,), device=device)
-    return torch.randint(0, 2**63 - 1, (1,), device=generator.device, generator=generator).to(device)
+    if generator is not None:
+        return torch.randint(2**63 - 1, (1,), device=generator.device, generator=generator).to(device)
+    if device == CPU:  # spelling it out costs a microsecond
+        return torch.randint(2**63 - 1, (1,))
+    return torch.randint(2**63 - 1, (1,), device=device)
 
 
 def take_seed(
@@ -98,15 +102,15 @@ def take_seed(
     return torch.full((1,), checks.seed_in_range(where, seed), dtype=torch.int64, device=device)
 
 
-def _promote(tensors: list[Any]) -> list[Any]:
+def _promote(mu: Tensor, x: Tensor, eps: Any, prior: Any) -> tuple[Tensor, Tensor, Any, Any]:
     """Inside autocast, mixed floats promote to the widest."""
-    floats = [t for t in tensors if isinstance(t, Tensor) and t.dtype in checks.FLOATS]
-    if len({t.dtype for t in floats}) < 2 or not torch.is_autocast_enabled(floats[0].device.type):
-        return tensors
-    dtype = floats[0].dtype
-    for t in floats[1:]:
-        dtype = torch.promote_types(dtype, t.dtype)
-    return [t.to(dtype) if isinstance(t, Tensor) else t for t in tensors]
+    pair = list(prior) if isinstance(prior, (tuple, list)) else []
+    dtypes = {t.dtype for t in (mu, x, eps, *pair) if isinstance(t, Tensor) and t.dtype in checks.FLOATS}
+    if len(dtypes) < 2 or not torch.is_autocast_enabled(mu.device.type):
+        return mu, x, eps, prior
+    dtype = reduce(torch.promote_types, dtypes)
+    pair = [t.to(dtype) if isinstance(t, Tensor) else t for t in pair]
+    return mu.to(dtype), x.to(dtype), eps.to(dtype) if isinstance(eps, Tensor) else eps, tuple(pair) if pair else prior
 
 
 def _take_prior(where: str, prior: Any, mu: Tensor, shape: torch.Size) -> list[Tensor]:
@@ -145,16 +149,17 @@ def prepare(
     """Checks the arguments of a public function and puts them in order; `where` is its name, for errors."""
     if seed is not None or generator is not None or eps is not None:
         checks.one_source(where, seed, generator, eps)
-    checks.floating(where, "mu", mu)
     if packed is None:
-        checks.floating(where, "logvar", x)
-        if mu.dtype != x.dtype or prior is not None or eps is not None:
-            mu, x, eps, *prior_tensors = _promote([mu, x, eps, *(prior if isinstance(prior, (tuple, list)) else ())])
-            prior = prior_tensors if isinstance(prior, (tuple, list)) else prior
-        if mu.dtype != x.dtype or mu.device != x.device or mu.shape != x.shape:
+        if not alike(mu, x):
+            checks.floating(where, "mu", mu)
+            checks.floating(where, "logvar", x)
+        if eps is not None or prior is not None or mu.dtype != x.dtype:
+            mu, x, eps, prior = _promote(mu, x, eps, prior)
+        if not alike(mu, x):
             checks.like_mu(where, "logvar", x, mu)
         shape = mu.shape
     else:
+        checks.floating(where, "moments", mu)
         shape = torch.Size((*mu.shape[:packed], mu.shape[packed] // 2, *mu.shape[packed + 1 :]))
     if isinstance(clamp, list):
         clamp = tuple(clamp)
@@ -176,3 +181,17 @@ def prepare(
     if mu.is_neg() or (x is not None and x.is_neg()):  # views whose memory holds the opposite sign
         mu, x = mu.resolve_neg(), None if x is None else x.resolve_neg()
     return Call(mu, x, mu_p, x_p, seed, eps, spec)
+
+
+def alike(mu: Any, x: Any) -> bool:
+    """The usual case, told at once: two dense float tensors of one dtype, shape and device."""
+    return (
+        isinstance(mu, Tensor)
+        and isinstance(x, Tensor)
+        and mu.dtype in checks.FLOATS
+        and mu.dtype is x.dtype
+        and mu.shape == x.shape
+        and mu.device == x.device
+        and mu.layout is torch.strided
+        and x.layout is torch.strided
+    )

@@ -47,6 +47,7 @@ def poisoned(monkeypatch):
         return made
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
 
 
@@ -55,12 +56,17 @@ def backend(request, monkeypatch):
     """Runs the test on the C++ kernels, then on the Triton kernels in the interpreter."""
     use_backend(monkeypatch, request.param)
     yield request.param
-    backends.name_of.cache_clear()
+    forget()
 
 
 def use_backend(monkeypatch, name):
     monkeypatch.setattr(backends, "FORCED", name)
+    forget()
+
+
+def forget():
     backends.name_of.cache_clear()
+    backends.of.cache_clear()
 
 
 @pytest.fixture(params=_C.available())

@@ -1,5 +1,6 @@
 """The table from device to backend. A backend is a module with randn, forward and backward."""
 
+import importlib
 import importlib.util
 import os
 import warnings
@@ -55,19 +56,11 @@ def name_of(device_type: str) -> str:
     return "reference"
 
 
-def has_kernels(device: torch.device) -> bool:
-    return name_of(device.type) != "reference"
-
-
-def of(device: torch.device) -> ModuleType:
-    """The backend's module, imported when first needed."""
-    if name_of(device.type) == "cpu":
-        from . import cpu
-
-        return cpu
-    from . import triton
-
-    return triton
+@cache
+def of(device: torch.device) -> ModuleType | None:
+    """The backend's module, imported when first needed; None: no kernels, so the reference."""
+    name = name_of(device.type)
+    return None if name == "reference" else importlib.import_module(f".{name}", __name__)
 
 
 def backend_for(tensor: Tensor) -> str:

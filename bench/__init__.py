@@ -1,0 +1,1 @@
+"""The benchmark: ours against what a user would write otherwise, interleaved in one process, losses shown like wins."""

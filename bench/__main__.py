@@ -1,0 +1,183 @@
+"""python -m bench: measures, prints a table, writes a CSV and charts."""
+
+import argparse
+import csv
+import math
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import reparam_kernels as rk
+from reparam_kernels import backends
+
+from . import charts, measure, providers, steps
+
+SIZES = ["128x20", "512x128", "256x1024", "1024x1024", "4096x1024"]
+QUICK = ["128x20", "512x128"]
+PROVIDERS = ["ours", "ours again", "eager", "distributions", "compile", "compile fallback"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+Row = dict[str, Any]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument(
+        "--op", nargs="+", choices=[*providers.OPS, "noise", "step"], default=["latent", "noise", "step"]
+    )
+    parser.add_argument("--size", nargs="+", default=None, help=f"as 512x128 or 16x4x64x64; default: {' '.join(SIZES)}")
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--providers", nargs="+", default=PROVIDERS)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds, no compiler")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    args = parser.parse_args()
+    if args.quick:
+        args.rounds = min(args.rounds, 12)
+        args.providers = [p for p in args.providers if not p.startswith("compile")]
+    args.size = args.size or (QUICK if args.quick else SIZES)
+    return args
+
+
+def conditions(args: argparse.Namespace) -> Row:
+    """What a number depends on, in every row."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    machine = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            machine = line.split(":")[1].strip()
+            break
+    isa = "triton"
+    if args.device == "cpu" and backends.name_of("cpu") == "cpu":
+        from reparam_kernels import _C
+
+        isa = _C.isa()
+    elif args.device != "cpu":
+        machine = torch.cuda.get_device_name()
+    return {
+        "machine": machine,
+        "isa": isa,
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "commit": commit,
+        "noise_version": rk.NOISE_VERSION,
+    }
+
+
+def timed(calls: dict[str, Callable[[], Any]], what: Row, args: argparse.Namespace) -> list[Row]:
+    """One row a provider, with its ratio to ours."""
+    label = " ".join(str(v) for v in what.values())
+    progress = tqdm(measure.interleave(calls, args.rounds, args.device), desc=label, total=args.rounds, leave=False)
+    *_, found = progress
+    clock = "wall" if args.threads > 1 else "cpu"
+    ours = getattr(found["ours"], clock).q50
+    rows = []
+    for name, timing in found.items():
+        shown = getattr(timing, clock)
+        rows.append(
+            {
+                **what,
+                "provider": name,
+                "clock": clock,
+                "us_q10": shown.q10 * 1e6,
+                "us_q50": shown.q50 * 1e6,
+                "us_q90": shown.q90 * 1e6,
+                "wall_us_q50": timing.wall.q50 * 1e6,
+                "ratio_to_ours": shown.q50 / ours,
+            }
+        )
+    return rows
+
+
+def bench_op(name: str, size: str, dtype: str, bandwidth: float, args: argparse.Namespace) -> list[Row]:
+    op, shape = providers.OPS[name], tuple(int(n) for n in size.split("x"))
+    leaves = op.inputs(shape, DTYPES[dtype], args.device)
+    n = math.prod(shape)
+    functions = providers.providers(op, args.providers)
+    for provider, f in functions.items():
+        measure.check(provider, f, leaves, op.truth)
+    made = {provider: measure.passes(f, leaves) for provider, f in functions.items()}
+    rows = []
+    for i, which in enumerate(("forward", "forward+backward")):
+        what = {"op": name, "pass": which, "size": size, "dtype": dtype}
+        words = op.words[0] if i == 0 else sum(op.words)
+        least = words * n * leaves[0].element_size() / bandwidth
+        for row in timed({provider: calls[which] for provider, calls in made.items()}, what, args):
+            f, provider = functions[row["provider"]], row["provider"]
+            row["elements"] = n
+            row["of_bandwidth"] = least / (row["us_q50"] / 1e6)
+            row["saved_bytes"] = measure.saved_bytes(f, leaves)
+            row["peak_bytes"] = measure.peak_bytes(made[provider][which], args.device)
+            rows.append(row)
+    return rows
+
+
+def bench_noise(size: str, dtype: str, args: argparse.Namespace) -> list[Row]:
+    shape = tuple(int(n) for n in size.split("x"))
+    calls = providers.noise_providers(shape, DTYPES[dtype], args.device)
+    what = {"op": "noise", "pass": "forward", "size": size, "dtype": dtype}
+    return [{**row, "elements": math.prod(shape)} for row in timed(calls, what, args)]
+
+
+def bench_step(name: str, args: argparse.Namespace) -> list[Row]:
+    make = steps.STEPS[name]
+    calls = {
+        "ours": make("ours", args.device),
+        "ours again": make("ours", args.device),
+        "eager": make("eager", args.device),
+    }
+    return timed(calls, {"op": "step", "pass": "training step", "size": name, "dtype": "float32"}, args)
+
+
+def table(rows: list[Row]) -> str:
+    """One line a case: our time, and how many times as long each peer takes."""
+    peers = list(dict.fromkeys(r["provider"] for r in rows if r["provider"] not in ("ours", "ours again")))
+    lines = [
+        f"{'op':8} {'pass':17} {'size':20} {'dtype':9} {'ours, us':>10} {'noise':>7} "
+        + " ".join(f"{p:>17}" for p in peers)
+    ]
+    cases: dict[tuple[str, ...], dict[str, Row]] = {}
+    for r in rows:
+        cases.setdefault((r["op"], r["pass"], r["size"], r["dtype"]), {})[r["provider"]] = r
+    for (op, which, size, dtype), by in cases.items():
+        again = by.get("ours again")
+        spread = f"{again['ratio_to_ours'] - 1:+7.1%}" if again else " " * 7
+        ratios = " ".join(f"{by[p]['ratio_to_ours']:16.2f}x" if p in by else " " * 17 for p in peers)
+        lines.append(f"{op:8} {which:17} {size:20} {dtype:9} {by['ours']['us_q50']:10.1f} {spread} {ratios}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    bandwidth = measure.copy_bandwidth(args.device)
+    rows: list[Row] = []
+    for op in args.op:
+        if op == "step":
+            for name in steps.STEPS:
+                rows += bench_step(name, args)
+            continue
+        for dtype in args.dtype:
+            for size in args.size:
+                rows += bench_noise(size, dtype, args) if op == "noise" else bench_op(op, size, dtype, bandwidth, args)
+    known = {**conditions(args), "copy_gb_s": bandwidth / 1e9}
+    print(table(rows))
+    print(f"\ncopy bandwidth of this run: {bandwidth / 1e9:.1f} GB/s; 'noise': ours measured a second time")
+    fields = list(dict.fromkeys(key for row in rows for key in row)) + list(known)
+    with open(args.out / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows({**row, **known} for row in rows)
+    for path in (args.out / "results.csv", *charts.draw(rows, known, args.out)):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

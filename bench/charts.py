@@ -1,0 +1,102 @@
+"""The charts: throughput against size with the bandwidth's bound, ratio to each peer, memory saved for backward."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Row = dict[str, Any]
+COLOURS = {
+    "ours": "#1f5fbf", "eager": "#e07b39", "distributions": "#8c8c8c", "compile": "#b65cb6",
+    "compile fallback": "#3a9a5b", "torch.randn": "#e07b39", "torch.func._random": "#3a9a5b",
+}  # fmt: skip
+
+
+def draw(rows: list[Row], known: Row, out: Path) -> list[Path]:
+    paths = []
+    for op in dict.fromkeys(r["op"] for r in rows if r["op"] != "step"):
+        for dtype in dict.fromkeys(r["dtype"] for r in rows if r["op"] == op):
+            own = [r for r in rows if r["op"] == op and r["dtype"] == dtype and r["provider"] != "ours again"]
+            paths.append(throughput(own, known, out / f"throughput_{op}_{dtype}.png"))
+            paths.append(ratios(own, known, out / f"ratio_{op}_{dtype}.png"))
+    if any("saved_bytes" in r for r in rows):
+        paths.append(memory([r for r in rows if r.get("pass") == "forward+backward"], out / "memory.png"))
+    if any(r["op"] == "step" for r in rows):
+        paths.append(
+            ratios([r for r in rows if r["op"] == "step" and r["provider"] != "ours again"], known, out / "steps.png")
+        )
+    return paths
+
+
+def save(figure: plt.Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+    return path
+
+
+def caption(known: Row) -> str:
+    threads = "1 thread" if known["threads"] == 1 else f"{known['threads']} threads"
+    return f"{known['machine']}, {known['isa']}, {threads}, torch {known['torch']}"
+
+
+def throughput(rows: list[Row], known: Row, path: Path) -> Path:
+    which = list(dict.fromkeys(r["pass"] for r in rows))
+    figure, axes = plt.subplots(1, len(which), figsize=(5.6 * len(which), 4), constrained_layout=True, squeeze=False)
+    for ax, name in zip(axes[0], which, strict=True):
+        own = [r for r in rows if r["pass"] == name]
+        for provider in dict.fromkeys(r["provider"] for r in own):
+            line = sorted(
+                (r["elements"], r["us_q10"], r["us_q50"], r["us_q90"]) for r in own if r["provider"] == provider
+            )
+            n = [point[0] for point in line]
+            low, mid, high = ([point[0] / point[k] / 1e3 for point in line] for k in (3, 2, 1))
+            ax.plot(n, mid, "o-", ms=4, color=COLOURS.get(provider), label=provider)
+            ax.fill_between(n, low, high, color=COLOURS.get(provider), alpha=0.15, lw=0)
+        bound = [r for r in own if r["provider"] == "ours" and r.get("of_bandwidth")]
+        if bound:
+            rate = bound[0]["elements"] / bound[0]["us_q50"] / 1e3 / bound[0]["of_bandwidth"]
+            ax.axhline(rate, color="black", ls=":", lw=1, label="bandwidth of a plain copy")
+        ax.set(xscale="log", yscale="log", xlabel="elements", ylabel="G elements / s", title=f"{own[0]['op']}, {name}")
+        ax.legend(fontsize=8)
+    figure.suptitle(caption(known), fontsize=8)
+    return save(figure, path)
+
+
+def ratios(rows: list[Row], known: Row, path: Path) -> Path:
+    which = list(dict.fromkeys(r["pass"] for r in rows))
+    peers = [p for p in dict.fromkeys(r["provider"] for r in rows) if p != "ours"]
+    figure, axes = plt.subplots(1, len(which), figsize=(5.6 * len(which), 4), constrained_layout=True, squeeze=False)
+    for ax, name in zip(axes[0], which, strict=True):
+        sizes = list(dict.fromkeys(r["size"] for r in rows if r["pass"] == name))
+        for k, peer in enumerate(peers):
+            by = {r["size"]: r["ratio_to_ours"] for r in rows if r["pass"] == name and r["provider"] == peer}
+            at = [i + (k - (len(peers) - 1) / 2) * 0.8 / len(peers) for i in range(len(sizes))]
+            bars = ax.bar(at, [by.get(s, 0) for s in sizes], 0.8 / len(peers), color=COLOURS.get(peer), label=peer)
+            ax.bar_label(bars, fmt="%.1f", fontsize=6, padding=1)
+        ax.axhline(1, color=COLOURS["ours"], lw=1.5)
+        ax.set_xticks(range(len(sizes)), sizes, fontsize=8)
+        ax.set(ylabel="time / our time", title=f"{rows[0]['op']}, {name}")
+        ax.legend(fontsize=8)
+    figure.suptitle(caption(known), fontsize=8)
+    return save(figure, path)
+
+
+def memory(rows: list[Row], path: Path) -> Path:
+    """Of the largest case of each op: what each provider keeps for backward, and its peak, in words an element."""
+    op = rows[0]["op"]
+    largest = max(r["elements"] for r in rows if r["op"] == op and r.get("saved_bytes") is not None)
+    own = [r for r in rows if r["op"] == op and r.get("elements") == largest and r["provider"] != "ours again"]
+    names = [r["provider"] for r in own]
+    word = {"float64": 8, "float32": 4}.get(own[0]["dtype"], 2)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), constrained_layout=True)
+    titles = {"saved_bytes": "kept for backward beyond the inputs", "peak_bytes": "peak of forward and backward"}
+    for ax, (key, title) in zip(axes, titles.items(), strict=True):
+        bars = ax.barh(names, [r[key] / largest / word for r in own], color=[COLOURS.get(n) for n in names])
+        ax.bar_label(bars, fmt="%.1f", padding=2)
+        ax.invert_yaxis()
+        ax.margins(x=0.12)
+        ax.set(xlabel="words an element", title=title)
+    return save(figure, path)

@@ -1,0 +1,132 @@
+"""Time and memory: every provider once a round, each round in another order; quantiles over the rounds."""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Quantiles(NamedTuple):
+    q10: float
+    q50: float
+    q90: float
+
+
+class Timing(NamedTuple):
+    cpu: Quantiles  # seconds of this thread's CPU time a call; on a GPU, of the device's
+    wall: Quantiles
+
+
+def quantiles(samples: list[float]) -> Quantiles:
+    s = sorted(samples)
+    return Quantiles(*(s[round(q * (len(s) - 1))] for q in (0.1, 0.5, 0.9)))
+
+
+def once(call: Callable[[], Any], repeats: int, device: str) -> tuple[float, float]:
+    """(CPU or device seconds, wall seconds) of one call, the mean of `repeats` in a row."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        wall = time.perf_counter()
+        begin.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3 / repeats, (time.perf_counter() - wall) / repeats
+    wall, cpu = time.perf_counter_ns(), time.thread_time_ns()
+    for _ in range(repeats):
+        call()
+    return (time.thread_time_ns() - cpu) / 1e9 / repeats, (time.perf_counter_ns() - wall) / 1e9 / repeats
+
+
+def interleave(calls: dict[str, Callable[[], Any]], rounds: int, device: str) -> Iterator[dict[str, Timing]]:
+    """Yields once a round, for a progress bar, what is known so far."""
+    repeats = {}
+    for name, call in calls.items():  # warm-up, outside of the measurement
+        for _ in range(3):
+            call()
+        repeats[name] = max(1, int(5e-4 / max(once(call, 1, device)[1], 1e-9)))
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    shuffle = random.Random(0)
+    for i in range(rounds):
+        for name in shuffle.sample(list(calls), len(calls)):  # nobody always follows the same neighbour
+            samples[name].append(once(calls[name], repeats[name], device))
+        if i == rounds - 1:
+            yield {n: Timing(*(quantiles(list(column)) for column in zip(*s, strict=True))) for n, s in samples.items()}
+        else:
+            yield {}
+
+
+def passes(f: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor]) -> dict[str, Callable[[], Any]]:
+    """The op forward without gradients, and forward with backward to every leaf."""
+    with torch.no_grad():
+        grads = [torch.full_like(y, 0.5) for y in f(*leaves)]
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return f(*leaves)
+
+    def both() -> Any:
+        return torch.autograd.grad(f(*leaves), leaves, grads)
+
+    return {"forward": forward, "forward+backward": both}
+
+
+def saved_bytes(f: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor]) -> int:
+    """What autograd keeps for backward beyond the inputs, each storage once."""
+    own = {t.untyped_storage().data_ptr() for t in leaves}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = f(*leaves)
+    for y in out:  # the outputs are the caller's, saved or not
+        kept.pop(y.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
+def peak_bytes(call: Callable[[], Any], device: str) -> int:
+    """The most that one call holds at a time, beyond what lived before."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+        call()
+    live = peak = 0
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def copy_bandwidth(device: str, size: int = 1 << 24) -> float:
+    """Bytes a second of a plain copy of 64 MiB, read and written, by one thread; the best of several."""
+    a, b = torch.ones(size, device=device), torch.empty(size, device=device)
+    return 8 * size / min(once(lambda: b.copy_(a), 1, device)[1] for _ in range(10))
+
+
+def check(name: str, f: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor], truth: Any) -> None:
+    """A provider that is wrong gets no number: z has the mean and variance that it should, kl its value."""
+    mean, sigma, kl = truth(*leaves)
+    with torch.no_grad():
+        out = f(*leaves)
+    half = leaves[0].dtype in (torch.float16, torch.bfloat16)
+    if kl is not None:
+        torch.testing.assert_close(out[-1].double(), kl, rtol=3e-2 if half else 1e-4, atol=1e-2, msg=f"{name}: kl")
+    if len(out) == 2 or kl is None:
+        eps = (out[0].double() - mean) / sigma
+        n = eps.numel()
+        if abs(eps.mean()) > 5 / n**0.5 + 1e-2 * half or abs(eps.var() - 1) > 5 * (2 / n) ** 0.5 + 1e-2 * half:
+            raise AssertionError(f"{name}: z must have mean mu and variance sigma^2; got another. No number is given.")
