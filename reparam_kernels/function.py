@@ -24,7 +24,7 @@ class Latent(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor | None, dkl: Tensor | None) -> tuple[Tensor | None, ...]:
-        call = Call(*ctx.saved_tensors, spec=ctx.spec)
+        call = Call._make((*ctx.saved_tensors, ctx.spec))
         wanted = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
             return (None, *differentiable_backward(call, wanted, dz, dkl))
