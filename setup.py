@@ -14,7 +14,9 @@ KERNEL_FLAGS = [
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-fno-thread-jumps",  # or GCC vectorises both sides of a choice, polynomials and all
     "-fvisibility=hidden",
+    "-Wno-psabi",  # vectors are passed inside this file alone
 ]
 if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS = {

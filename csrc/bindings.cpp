@@ -242,7 +242,7 @@ void backward(const Options& options, py::handle mu_, py::handle x_, py::handle 
     check_distinct(*v);
   }
   if (dkl) p.cols = cols_of(dkl, mu);
-  p.dz = operand(dz);
+  if (p.samples > 0) p.dz = operand(dz);  // a sum over no samples is absent
   p.dkl = operand(dkl);
   p.dmu = operand(dmu);
   p.dx = operand(dx);

@@ -72,7 +72,9 @@ inline void store_kl(const Problem& p, const Pieces& pieces, int64_t piece, int6
 #pragma omp simd
     for (int i = 0; i < n; ++i) kl[first + i] = k[i];
   } else {
-    for (int i = 0; i < n; i += (int)p.cols) kl[(first + i) / p.cols] = (C)ordered_sum(k + i, (int)p.cols);
+    const int cols = (int)p.cols;
+    C* row = kl + first / cols;
+    for (int i = 0; i < n; i += cols) *row++ = (C)ordered_sum(k + i, cols);
   }
 }
 
@@ -99,27 +101,34 @@ inline void forward_piece(const Problem& p, const Constants<C>& c, const Pieces&
 
 // ---- backward
 
-// What reaches one element from above: dz and dz * eps, each summed over the samples, and its row's dkl.
+// What reaches one element from above: dz and dz * eps, each summed over the samples, and its row's dkl; null where
+// nothing does.
 template <class C>
 struct Incoming {
-  Scratch<C> dz, dsigma, dkl;
+  const C *dz = nullptr, *dsigma = nullptr, *dkl = nullptr;
+  Scratch<C> dz_s, dsigma_s, dkl_s;
 
   inline Incoming(const Problem& p, int64_t first, int n) {
-    for (int i = 0; i < n; ++i) dz.data[i] = dsigma.data[i] = dkl.data[i] = 0;
-    if (p.dz.data) add_samples(p, first, n);
+    if (p.dz.data) take_samples(p, first, n);
     if (p.dkl.data) spread_rows(p, first, n);
   }
 
-  inline void add_samples(const Problem& p, int64_t first, int n) {
-    Scratch<C> dz_s, eps_s;
-    for (int64_t sample = 0; sample < p.samples; ++sample) {
-      const C* g = load(p.dz, sample * p.n + first, n, dz_s.data);
-      const C* eps = eps_of(p, sample, first, n, eps_s);
+  inline void take_samples(const Problem& p, int64_t first, int n) {
+    Scratch<C> sample_s, eps_s;
+    dz = load(p.dz, first, n, dz_s.data);
+    const C* eps = eps_of(p, 0, first, n, eps_s);
+#pragma omp simd
+    for (int i = 0; i < n; ++i) dsigma_s.data[i] = dz[i] * eps[i];
+    dsigma = dsigma_s.data;
+    for (int64_t sample = 1; sample < p.samples; ++sample) {
+      const C* g = load(p.dz, sample * p.n + first, n, sample_s.data);
+      eps = eps_of(p, sample, first, n, eps_s);
 #pragma omp simd
       for (int i = 0; i < n; ++i) {
-        dz.data[i] += g[i];
-        dsigma.data[i] = fma(g[i], eps[i], dsigma.data[i]);
+        dz_s.data[i] = dz[i] + g[i];
+        dsigma_s.data[i] = fma(g[i], eps[i], dsigma_s.data[i]);
       }
+      dz = dz_s.data;
     }
   }
 
@@ -131,45 +140,48 @@ struct Incoming {
     for (int r = 0; r < rows; ++r) {
       const int64_t end = (first / p.cols + r + 1) * p.cols - first;
       const int stop = end < n ? (int)end : n;
-      for (; at < stop; ++at) dkl.data[at] = row[r];
+      for (; at < stop; ++at) dkl_s.data[at] = row[r];
     }
+    dkl = dkl_s.data;
   }
 };
 
-// One gradient: g(i) for each element.
-template <class C, class Body>
-REPARAM_INLINE void emit(const Operand& out, int64_t first, int n, Body g) {
-  if (!out.data) return;
-  Scratch<C> scratch;
-  C* to = target(out, first, scratch.data);
-#pragma omp simd
-  for (int i = 0; i < n; ++i) to[i] = g(i);
-  store(out, first, n, to);
-}
-
-// The slopes of sigma and, where asked, of kl, at each element.
+// Where one gradient goes: in place, to a buffer on its way to the tensor, or to a buffer that nobody reads.
 template <class C>
-struct Slopes {
-  Scratch<C> sigma, kl_x, kl_mu, kl_xp;
+struct Outgoing {
+  const Operand& t;
+  const int64_t first;
+  Scratch<C> buffer;
+  C* const data;
+
+  inline Outgoing(const Operand& t, int64_t first) : t(t), first(first), data(target(t, first, buffer.data)) {}
+  inline void put(int n) const {
+    if (t.data) store(t, first, n, data);
+  }
 };
 
-template <class C, Param kParam, bool kPrior>
-inline void slopes(const Constants<C> c, int n, const C* mu, const C* x, const C* mu_p, const C* x_p, bool kl,
-                   Slopes<C>& out) {
-  C *__restrict sigma = out.sigma.data, *__restrict kl_x = out.kl_x.data, *__restrict kl_mu = out.kl_mu.data,
-    *__restrict kl_xp = out.kl_xp.data;
-  if (kl) {
+// All the gradients in one loop; kZ and kKl say what comes in.
+template <class C, Param kParam, bool kPrior, bool kZ, bool kKl>
+inline void gradients(const Constants<C> c, int n, const Inputs<C>& in, const Incoming<C>& g, C* __restrict dmu,
+                      C* __restrict dx, C* __restrict dmu_p, C* __restrict dx_p) {
+  const C *mu = in.mu, *x = in.x, *mu_p = in.mu_p, *x_p = in.x_p, *dz = g.dz, *dsigma = g.dsigma, *dkl = g.dkl;
 #pragma omp simd
-    for (int i = 0; i < n; ++i) {
-      const Element<C> e = element<kParam, kPrior>(c, mu[i], x[i], kPrior ? mu_p[i] : C(0), kPrior ? x_p[i] : C(0));
-      sigma[i] = e.dsigma;
-      kl_x[i] = e.dkl_x;
-      kl_mu[i] = e.dkl_mu;
-      if (kPrior) kl_xp[i] = e.dkl_xp;
+  for (int i = 0; i < n; ++i) {
+    const Element<C> e = element<kParam, kPrior>(c, mu[i], x[i], kPrior ? mu_p[i] : C(0), kPrior ? x_p[i] : C(0));
+    if constexpr (kZ && kKl) {
+      dmu[i] = fma(dkl[i], e.dkl_mu, dz[i]);
+      dx[i] = fma(dsigma[i], e.dsigma, dkl[i] * e.dkl_x);
+    } else if constexpr (kKl) {
+      dmu[i] = dkl[i] * e.dkl_mu;
+      dx[i] = dkl[i] * e.dkl_x;
+    } else {
+      dmu[i] = dz[i];
+      dx[i] = dsigma[i] * e.dsigma;
     }
-  } else {
-#pragma omp simd
-    for (int i = 0; i < n; ++i) sigma[i] = element<kParam, false>(c, mu[i], x[i], C(0), C(0)).dsigma;
+    if constexpr (kPrior) {
+      dmu_p[i] = -(dkl[i] * e.dkl_mu);
+      dx_p[i] = dkl[i] * e.dkl_xp;
+    }
   }
 }
 
@@ -179,24 +191,23 @@ inline void backward_piece(const Problem& p, const Constants<C>& c, const Pieces
   const int n = (int)(pieces.end(piece) - first);
   const Inputs<C> in(p, c, first, n);
   const Incoming<C> g(p, first, n);
-  Slopes<C> at;
-  with_options(p, [&](auto param, auto prior) {
-    slopes<C, param.value, prior.value>(c, n, in.mu, in.x, in.mu_p, in.x_p, p.dkl.data != nullptr, at);
-  });
-  const C *dsigma = at.sigma.data, *dkl_x = at.kl_x.data, *dkl_mu = at.kl_mu.data, *dkl_xp = at.kl_xp.data;
-  const C *dz = g.dz.data, *ds = g.dsigma.data, *dkl = g.dkl.data, *raw = in.raw;
-  if (p.dkl.data) {
-    emit<C>(p.dmu, first, n, [=](int i) { return fma(dkl[i], dkl_mu[i], dz[i]); });
-    if (p.dz.data)
-      emit<C>(p.dx, first, n, [=](int i) { return clamp_slope(c, fma(ds[i], dsigma[i], dkl[i] * dkl_x[i]), raw[i]); });
-    else
-      emit<C>(p.dx, first, n, [=](int i) { return clamp_slope(c, dkl[i] * dkl_x[i], raw[i]); });
-    emit<C>(p.dmu_p, first, n, [=](int i) { return -(dkl[i] * dkl_mu[i]); });
-    emit<C>(p.dx_p, first, n, [=](int i) { return dkl[i] * dkl_xp[i]; });
-  } else {
-    emit<C>(p.dmu, first, n, [=](int i) { return dz[i]; });
-    emit<C>(p.dx, first, n, [=](int i) { return clamp_slope(c, ds[i] * dsigma[i], raw[i]); });
-  }
+  const Outgoing<C> dmu(p.dmu, first), dx(p.dx, first), dmu_p(p.dmu_p, first), dx_p(p.dx_p, first);
+  const auto run = [&](auto from_z, auto from_kl) {
+    with_options(p, [&](auto param, auto prior) {
+      gradients<C, param.value, prior.value && from_kl.value, from_z.value, from_kl.value>(
+          c, n, in, g, dmu.data, dx.data, dmu_p.data, dx_p.data);
+    });
+  };
+  if (g.dz && g.dkl)
+    run(Bool<true>(), Bool<true>());
+  else if (g.dkl)
+    run(Bool<false>(), Bool<true>());
+  else if (g.dz)
+    run(Bool<true>(), Bool<false>());
+  else
+    for (int i = 0; i < n; ++i) dmu.data[i] = dx.data[i] = 0;
+  if (c.clamped) clamp_slope(c, n, in.raw, dx.data);
+  dmu.put(n), dx.put(n), dmu_p.put(n), dx_p.put(n);
 }
 
 // ---- the table
@@ -229,9 +240,9 @@ void backward(const Problem& p, const Pieces& pieces, int64_t first, int64_t las
 }
 
 void philox(const uint32_t counter[4], const uint32_t key[2], uint32_t words[4]) {
-  Lanes c[4];
-  for (int i = 0; i < 4; ++i) c[i] = Lanes{} + (uint64_t)counter[i];
-  philox4x32_10(c, key[0], key[1]);
+  Lanes c[4][1];
+  for (int i = 0; i < 4; ++i) c[i][0] = Lanes{} + (uint64_t)counter[i];
+  philox4x32_10<1>(c, key[0], key[1]);
   for (int i = 0; i < 4; ++i) {
     uint64_t lane;
     std::memcpy(&lane, &c[i], sizeof lane);

@@ -51,11 +51,31 @@ REPARAM_INLINE void encode(float x, double& to) { to = x; }
 REPARAM_INLINE void encode(float x, Bf16& to) { to.bits = to_bf16(x); }
 REPARAM_INLINE void encode(float x, F16& to) { to.bits = to_f16(x); }
 
+#if defined(__F16C__)
+// float16 eight at a time by the instructions for it; the rest, and other CPUs, by the functions above.
+inline int convert_eights(const F16* from, int n, float* to) {
+  int i = 0;
+  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+  return i;
+}
+inline int convert_eights(const float* from, int n, F16* to) {
+  int i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+  return i;
+}
+#endif
+template <class From, class To>
+inline int convert_eights(const From*, int, To*) {
+  return 0;
+}
+
 template <class C, class Stored>
 inline void load_run(const Stored* from, int64_t stride, int n, C* to) {
   if (stride == 1) {
+    const int done = convert_eights(from, n, to);
 #pragma omp simd
-    for (int i = 0; i < n; ++i) to[i] = decode(from[i], C());
+    for (int i = done; i < n; ++i) to[i] = decode(from[i], C());
   } else {
     for (int i = 0; i < n; ++i) to[i] = decode(from[i * stride], C());
   }
@@ -64,8 +84,9 @@ inline void load_run(const Stored* from, int64_t stride, int n, C* to) {
 template <class C, class Stored>
 inline void store_run(const C* from, int64_t stride, int n, Stored* to) {
   if (stride == 1) {
+    const int done = convert_eights(from, n, to);
 #pragma omp simd
-    for (int i = 0; i < n; ++i) encode(from[i], to[i]);
+    for (int i = done; i < n; ++i) encode(from[i], to[i]);
   } else {
     for (int i = 0; i < n; ++i) encode(from[i], to[i * stride]);
   }
@@ -152,7 +173,7 @@ inline void store(const Operand& t, int64_t first, int n, const C* from) {
 
 // ---- noise
 
-constexpr int kSlack = 4 * kLanes + 4;  // noise is made in whole counters, a few before and after those asked for
+constexpr int kSlack = 4 * kBlock + 4;  // noise is made in whole blocks of counters
 
 // eps[first, first + n) of one seed; `buffer` holds kPiece + kSlack.
 inline const float* noise_run(int64_t seed, int64_t first, int n, float* buffer) {
@@ -225,36 +246,50 @@ struct Inputs {
   }
 };
 
-// 1 at a bound, 0 outside and for NaN, as torch.clamp.
+// The gradient stays at a bound, and is 0 outside and for NaN, as torch.clamp's.
 template <class C>
-REPARAM_INLINE C clamp_slope(const Constants<C>& c, C slope, C x) {
-  return c.clamped && !(x >= c.low && x <= c.high) ? C(0) : slope;
+inline void clamp_slope(const Constants<C>& c, int n, const C* x, C* __restrict dx) {
+  const C low = c.low, high = c.high;
+#pragma omp simd
+  for (int i = 0; i < n; ++i) dx[i] = (x[i] >= low) & (x[i] <= high) ? dx[i] : C(0);
 }
 
 // ---- sums
 
 typedef double Four __attribute__((vector_size(32)));
 
+// Eight numbers as four pair sums, in float64.
 template <class C>
-REPARAM_INLINE Four four(const C* k) {
-  typedef C From __attribute__((vector_size(4 * sizeof(C))));
-  From a;
+REPARAM_INLINE Four pair_sums(const C* k) {
+  typedef C Quad __attribute__((vector_size(4 * sizeof(C))));
+  Quad a, b;
   std::memcpy(&a, k, sizeof a);
-  return __builtin_convertvector(a, Four);
+  std::memcpy(&b, k + 4, sizeof b);
+  return __builtin_convertvector(a + b, Four);
 }
 
-// The sum of n numbers in an order that n alone fixes: sixteen interleaved float64 sums, then a tree.
+// The sum of n numbers in an order that n alone fixes: pairs, eight interleaved float64 sums, a tree, the rest one by
+// one.
 template <class C>
-inline double ordered_sum(const C* k, int n) {
-  Four sum[4] = {};
+REPARAM_INLINE double ordered_sum(const C* k, int n) {
+  double sum = 0;
   int i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int j = 0; j < 4; ++j) sum[j] += four(k + i + 4 * j);
-  for (int j = 0; i + 4 <= n; i += 4) sum[j++] += four(k + i);
+  if (n >= 8) {
+    Four a{}, b{};
+    for (; i + 16 <= n; i += 16) {
+      a += pair_sums(k + i);
+      b += pair_sums(k + i + 8);
+    }
+    if (i + 8 <= n) {
+      a += pair_sums(k + i);
+      i += 8;
+    }
+    a += b;
+    sum = (a[0] + a[2]) + (a[1] + a[3]);
+  }
   double tail = 0;
   for (; i < n; ++i) tail += k[i];
-  const Four s = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-  return ((s[0] + s[1]) + (s[2] + s[3])) + tail;
+  return sum + tail;
 }
 
 }  // namespace

@@ -74,8 +74,8 @@ struct Exp {
 // sigma = exp(lv / 2) and d = expm1(lv / 2), each to full relative accuracy: 2^n times a polynomial in the rest.
 REPARAM_INLINE Exp exp_half(float lv) {
   const float l = lv < -176.f ? -176.f : lv;  // keeps NaN
-  float t = fma(l, .721347520f, 12583039.f);
-  t = t < 12583166.f ? t : 12583166.f;
+  const int32_t top = bits<int32_t>(12583166.f), i = bits<int32_t>(fma(l, .721347520f, 12583039.f));
+  const float t = bits<float>(i < top ? i : top);  // as integers: a positive float's order, in one instruction
   const float n = t - 12583039.f, r = fma(n, -1.38629436f, l), r2 = r * r;
   const float scale = bits<float>(bits<int32_t>(t) << 23);
   const float q2 = horner(r, 2.172787572e-5f, 2.613425895e-4f, 2.604172565e-3f, 2.083322406e-2f, .125f) * r2;
@@ -138,7 +138,7 @@ REPARAM_INLINE Softplus softplus(float x) {
 REPARAM_INLINE float softplus_difference(float x, Softplus sx, float hi, float lo, Softplus sy) {
   const float v = (x - hi) - lo, size = __builtin_fabsf(v);
   const float near = log1p((v < 0.f ? sx.slope : sy.slope) * expm1(size < 16.f ? size : 16.f));
-  const bool close = size < 16.f && sx.value < 2.5f * sy.value && sy.value < 2.5f * sx.value;
+  const bool close = (size < 16.f) & (sx.value < 2.5f * sy.value) & (sy.value < 2.5f * sx.value);
   return close ? (v < 0.f ? -near : near) : sx.value - sy.value;
 }
 

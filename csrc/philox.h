@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "problem.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__SSE2__)
@@ -50,35 +52,54 @@ inline Lanes multiply_low_halves(Lanes a, Lanes b) {
 
 constexpr uint64_t kLowHalf = 0xffffffffu;
 
-inline void philox4x32_10(Lanes c[4], uint32_t key0, uint32_t key1) {
+// N vectors of counters at a time, so that the multiplications of one hide the latency of another's.
+template <int N>
+REPARAM_INLINE void philox4x32_10(Lanes c[4][N], uint32_t key0, uint32_t key1) {
   const Lanes m0 = Lanes{} + 0xD2511F53u, m1 = Lanes{} + 0xCD9E8D57u;
+#pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    const Lanes p0 = multiply_low_halves(c[0], m0), p1 = multiply_low_halves(c[2], m1);
-    c[0] = (p1 >> 32) ^ c[1] ^ (uint64_t)key0;
-    c[1] = p1;
-    c[2] = (p0 >> 32) ^ c[3] ^ (uint64_t)key1;
-    c[3] = p0;
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      const Lanes p0 = multiply_low_halves(c[0][i], m0), p1 = multiply_low_halves(c[2][i], m1);
+      c[0][i] = (p1 >> 32) ^ c[1][i] ^ (uint64_t)key0;
+      c[1][i] = p1;
+      c[2][i] = (p0 >> 32) ^ c[3][i] ^ (uint64_t)key1;
+      c[3][i] = p0;
+    }
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
 }
 
-// The words of counters first, first + 1, ...: radius takes (x0, x2) of each counter, angle (x1, x3). count is rounded
-// up to a multiple of kLanes.
-inline void philox_words(int64_t seed, uint64_t first, int count, uint32_t* radius, uint32_t* angle) {
-  const uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)((uint64_t)seed >> 32);
-  Lanes lane{};
+// The words of counters first, first + 1, ...: radius takes (x0, x2) of each counter, angle (x1, x3).
+template <int N>
+REPARAM_INLINE void philox_block(int64_t seed, uint64_t first, uint32_t* radius, uint32_t* angle) {
+  Lanes c[4][N], lane{};
 #if defined(__GNUC__)
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
 #endif
-  for (int i = 0; i < count; i += kLanes) {
-    const Lanes counter = lane + (first + (uint64_t)i);
-    Lanes c[4] = {counter, counter >> 32, Lanes{}, Lanes{}};
-    philox4x32_10(c, key0, key1);
-    const Lanes r = (c[0] & kLowHalf) | (c[2] << 32), a = (c[1] & kLowHalf) | (c[3] << 32);
-    std::memcpy(radius + 2 * i, &r, sizeof r);  // little-endian, as every target here is
-    std::memcpy(angle + 2 * i, &a, sizeof a);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    c[0][i] = lane + (first + (uint64_t)(i * kLanes));
+    c[1][i] = c[0][i] >> 32;
+    c[2][i] = c[3][i] = Lanes{};
   }
+  philox4x32_10<N>(c, (uint32_t)seed, (uint32_t)((uint64_t)seed >> 32));
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    const Lanes r = (c[0][i] & kLowHalf) | (c[2][i] << 32), a = (c[1][i] & kLowHalf) | (c[3][i] << 32);
+    std::memcpy(radius + 2 * i * kLanes, &r, sizeof r);  // little-endian, as every target here is
+    std::memcpy(angle + 2 * i * kLanes, &a, sizeof a);
+  }
+}
+
+constexpr int kBlock = 8 * kLanes;  // counters
+
+// Writes up to kBlock counters more than asked for.
+inline void philox_words(int64_t seed, uint64_t first, int count, uint32_t* radius, uint32_t* angle) {
+  int i = 0;
+  for (; i + kBlock / 2 < count; i += kBlock) philox_block<8>(seed, first + (uint64_t)i, radius + 2 * i, angle + 2 * i);
+  for (; i < count; i += kLanes) philox_block<1>(seed, first + (uint64_t)i, radius + 2 * i, angle + 2 * i);
 }
 
 }  // namespace
