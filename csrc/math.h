@@ -22,10 +22,10 @@ REPARAM_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b
 REPARAM_INLINE float fma(float a, float b, float c) {
   const double p = (double)a * b, s = p + c;
   const double t = s - p, error = (p - (s - t)) + (c - t);
-  const int64_t i = bits<int64_t>(s);
-  const int64_t down = (error < 0) == (s > 0) ? 1 : 0;  // s went past the exact sum: step back towards zero
-  const int64_t odd = (i - down) | 1;
-  return (float)(error != 0 && error - error == 0 ? bits<double>(odd) : s);
+  const uint64_t i = bits<uint64_t>(s);
+  const uint64_t down = (bits<uint64_t>(error) ^ i) >> 63;  // s went past the exact sum: step back towards zero
+  const double odd = bits<double>((i - down) | 1);
+  return (float)(__builtin_fabs(error) > 0 ? odd : s);  // NaN where s is not finite
 }
 #endif
 REPARAM_INLINE double fma(double a, double b, double c) { return a * b + c; }
