@@ -5,7 +5,7 @@ PIP_ARGS ?=
 RUN = $(VENV)/bin/python
 DEMO_ARGS ?= --impl both --epochs 150
 
-.PHONY: demo parity test test-slow lint clean
+.PHONY: demo parity test test-slow test-arm bench lint clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m examples.vae $(DEMO_ARGS) --out out/vae
@@ -19,11 +19,18 @@ test: $(VENV)/.ready
 test-slow: $(VENV)/.ready
 	$(RUN) -m pytest -m slow
 
+# Debian: apt install g++-aarch64-linux-gnu qemu-user
+test-arm: $(VENV)/.ready
+	$(RUN) -m pytest -m arm
+
 lint: $(VENV)/.ready
 	$(RUN) -m pip install -q $(PIP_ARGS) -e '.[lint]'
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+
+bench: $(VENV)/.ready
+	$(RUN) -m bench $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist out $(VENV) *.egg-info reparam_kernels/_C*.so

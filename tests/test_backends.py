@@ -95,3 +95,45 @@ if child == 0:  # torch's own parallel ops would hang here, so none of them
 print(os.waitpid(child, 0)[1])
 """
     assert python("import warnings; warnings.simplefilter('ignore')\n" + code).strip() == "0"
+
+
+def test_a_data_loader_s_workers_sample():
+    """Two forked workers, after the parent has used its threads; each item has the noise of its seed."""
+    code = """
+import torch, reparam_kernels as rk
+from torch.utils.data import DataLoader
+torch.set_num_threads(2)
+rk.randn(1 << 20, seed=3)
+
+class Noise(torch.utils.data.Dataset):
+    def __len__(self): return 8
+    def __getitem__(self, i): return rk.randn(1 << 16, seed=i)
+
+items = torch.cat(list(DataLoader(Noise(), batch_size=2, num_workers=2)))
+print(all(item.equal(rk.randn(1 << 16, seed=i)) for i, item in enumerate(items)))
+"""
+    assert python(code).strip() == "True"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_threads_are_torch_s_own_and_its_count_is_respected():
+    """One OpenMP runtime in the process; a Python thread that asks torch for one thread gets no team."""
+    code = """
+import os, threading, torch, reparam_kernels as rk
+from reparam_kernels import _C
+def team(): return len(os.listdir("/proc/self/task"))
+torch.set_num_threads(1)
+rk.randn(1 << 20, seed=3)
+alone = team()
+def one():
+    torch.set_num_threads(1)
+    before = team()
+    rk.randn(1 << 20, seed=3)
+    print(team() - before)
+t = threading.Thread(target=one); t.start(); t.join()
+torch.set_num_threads(2)
+rk.randn(1 << 20, seed=3)
+print(team() - alone)
+print(len({line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line or "libomp" in line}))
+"""
+    assert python(code).split() == ["0", "1", "1"]

@@ -1,0 +1,74 @@
+"""Other builds of the kernels: another architecture, a compiler without OpenMP. All give the same bits."""
+
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLAGS = [
+    "-std=c++17",
+    "-fopenmp-simd",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-thread-jumps",
+]
+
+
+def output(folder, compiler, *, isa, flags=(), runner=()):
+    """The bytes that tests/cpp/bits.cpp writes when built so."""
+    program = folder / isa
+    sources = [str(ROOT / path) for path in ("tests/cpp/bits.cpp", "csrc/dispatch.cpp", "csrc/kernels.cpp")]
+    build = [compiler, *FLAGS, *flags, "-Wno-psabi", f"-DREPARAM_ISA={isa}", f"-I{ROOT / 'csrc'}", *sources]
+    subprocess.run([*build, "-o", str(program)], check=True)
+    return subprocess.run([*runner, str(program)], check=True, capture_output=True).stdout
+
+
+@pytest.mark.arm
+def test_neon_has_the_bits_of_x86(tmp_path):
+    """Cross-compiled, run under qemu-user; the x86 build it is held against is the one with no vector fma."""
+    assert platform.machine() == "x86_64", "this test cross-compiles from x86-64"
+    for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64"):
+        assert shutil.which(tool), f"{tool} must be installed (Debian: g++-aarch64-linux-gnu, qemu-user)"
+    neon = output(
+        tmp_path, "aarch64-linux-gnu-g++", isa="neon", flags=["-O3", "-static", "-fopenmp"], runner=["qemu-aarch64"]
+    )
+    baseline = output(tmp_path, "g++", isa="baseline", flags=["-O3", "-march=x86-64", "-fopenmp"])
+    assert len(neon) > 10**6
+    assert neon == baseline
+
+
+@pytest.mark.slow
+def test_a_compiler_without_openmp_builds_a_serial_extension(tmp_path):
+    """setup.py itself, with a compiler that refuses -fopenmp; the kernels then run on one thread and say so."""
+    for name in ("cc", "c++"):
+        wrapper = tmp_path / name
+        real = shutil.which("gcc" if name == "cc" else "g++")
+        wrapper.write_text(f'#!/bin/sh\ncase " $* " in *" -fopenmp "*) exit 1;; esac\nexec {real} "$@"\n')
+        wrapper.chmod(0o755)
+    for name in ("reparam_kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    for path in (tmp_path / "reparam_kernels").glob("_C*.so"):
+        path.unlink()
+    env = {"PATH": "/usr/bin:/bin", "CC": str(tmp_path / "cc"), "CXX": str(tmp_path / "c++")}
+    env["LDCXXSHARED"] = f"{tmp_path / 'c++'} -shared"
+    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tmp_path, env=env, check=True)
+    probe = (
+        "import torch, reparam_kernels as rk; from reparam_kernels import _C; torch.set_num_threads(2);"
+        "print(_C.has_openmp(), rk.__file__, rk.randn(1 << 20, seed=7).double().sum().item().hex())"
+    )
+    lines = [
+        subprocess.run(
+            [sys.executable, "-c", probe], cwd=cwd, check=True, capture_output=True, text=True
+        ).stdout.split()
+        for cwd in (tmp_path, ROOT)
+    ]
+    (serial, where, total), (_, _, expected) = lines
+    assert serial == "False"
+    assert where.startswith(str(tmp_path))
+    assert total == expected
