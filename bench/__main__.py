@@ -3,11 +3,14 @@
 import argparse
 import csv
 import math
+import os
 import platform
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory profiler's own lines
 
 import torch
 from tqdm import tqdm
@@ -104,17 +107,22 @@ def bench_op(name: str, size: str, dtype: str, bandwidth: float, args: argparse.
         measure.check(provider, f, leaves, op.truth)
     made = {provider: measure.passes(f, leaves) for provider, f in functions.items()}
     rows = []
-    for i, which in enumerate(("forward", "forward+backward")):
-        what = {"op": name, "pass": which, "size": size, "dtype": dtype}
-        words = op.words[0] if i == 0 else sum(op.words)
-        least = words * n * leaves[0].element_size() / bandwidth
-        for row in timed({provider: calls[which] for provider, calls in made.items()}, what, args):
-            f, provider = functions[row["provider"]], row["provider"]
+    for passes, which in enumerate(("forward", "forward+backward"), 1):
+        calls = {provider: of[which] for provider, of in made.items()}
+        if op.samples:
+            calls["noise alone"] = lambda: rk.randn(shape, dtype=DTYPES[dtype], device=args.device)
+        found = timed(calls, {"op": name, "pass": which, "size": size, "dtype": dtype}, args)
+        noise = [passes * row["us_q50"] for row in found if row["provider"] == "noise alone"]
+        least = sum(op.words[:passes]) * n * leaves[0].element_size() / bandwidth * 1e6
+        for row in found:
             row["elements"] = n
-            row["of_bandwidth"] = least / (row["us_q50"] / 1e6)
-            row["saved_bytes"] = measure.saved_bytes(f, leaves)
-            row["peak_bytes"] = measure.peak_bytes(made[provider][which], args.device)
-            rows.append(row)
+            if row["provider"] == "noise alone":
+                continue
+            row["of_bandwidth"] = least / row["us_q50"]
+            row["of_noise"] = noise[0] / row["us_q50"] if noise else None
+            row["saved_bytes"] = measure.saved_bytes(functions[row["provider"]], leaves)
+            row["peak_bytes"] = measure.peak_bytes(calls[row["provider"]], args.device)
+        rows += found
     return rows
 
 
@@ -137,19 +145,20 @@ def bench_step(name: str, args: argparse.Namespace) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     """One line a case: our time, and how many times as long each peer takes."""
-    peers = list(dict.fromkeys(r["provider"] for r in rows if r["provider"] not in ("ours", "ours again")))
+    peers = list(dict.fromkeys(r["provider"] for r in rows if r["provider"] not in charts.OURS))
     lines = [
-        f"{'op':8} {'pass':17} {'size':20} {'dtype':9} {'ours, us':>10} {'noise':>7} "
+        f"{'op':8} {'pass':17} {'size':20} {'dtype':9} {'ours, us':>10} {'again':>7} {'of copy':>8} {'of noise':>8} "
         + " ".join(f"{p:>17}" for p in peers)
     ]
     cases: dict[tuple[str, ...], dict[str, Row]] = {}
     for r in rows:
         cases.setdefault((r["op"], r["pass"], r["size"], r["dtype"]), {})[r["provider"]] = r
     for (op, which, size, dtype), by in cases.items():
-        again = by.get("ours again")
+        ours, again = by["ours"], by.get("ours again")
         spread = f"{again['ratio_to_ours'] - 1:+7.1%}" if again else " " * 7
+        limits = " ".join(f"{ours[k]:8.0%}" if ours.get(k) else " " * 8 for k in ("of_bandwidth", "of_noise"))
         ratios = " ".join(f"{by[p]['ratio_to_ours']:16.2f}x" if p in by else " " * 17 for p in peers)
-        lines.append(f"{op:8} {which:17} {size:20} {dtype:9} {by['ours']['us_q50']:10.1f} {spread} {ratios}")
+        lines.append(f"{op:8} {which:17} {size:20} {dtype:9} {ours['us_q50']:10.1f} {spread} {limits} {ratios}")
     return "\n".join(lines)
 
 
@@ -169,7 +178,9 @@ def main() -> None:
                 rows += bench_noise(size, dtype, args) if op == "noise" else bench_op(op, size, dtype, bandwidth, args)
     known = {**conditions(args), "copy_gb_s": bandwidth / 1e9}
     print(table(rows))
-    print(f"\ncopy bandwidth of this run: {bandwidth / 1e9:.1f} GB/s; 'noise': ours measured a second time")
+    print("\nEach peer: its time over ours. again: ours a second time, the noise of the measurement.")
+    print(f"of copy: the least bytes at the copy bandwidth of this run, {bandwidth / 1e9:.1f} GB/s, over our time.")
+    print("of noise: rk.randn alone (twice with backward) over our time.")
     fields = list(dict.fromkeys(key for row in rows for key in row)) + list(known)
     with open(args.out / "results.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, fields)

@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 Row = dict[str, Any]
+OURS = ("ours", "ours again", "noise alone")  # not peers
 COLOURS = {
     "ours": "#1f5fbf", "eager": "#e07b39", "distributions": "#8c8c8c", "compile": "#b65cb6",
     "compile fallback": "#3a9a5b", "torch.randn": "#e07b39", "torch.func._random": "#3a9a5b",
@@ -53,6 +54,10 @@ def throughput(rows: list[Row], known: Row, path: Path) -> Path:
             )
             n = [point[0] for point in line]
             low, mid, high = ([point[0] / point[k] / 1e3 for point in line] for k in (3, 2, 1))
+            if provider == "noise alone":
+                draws = 2 if "+" in name else 1
+                ax.plot(n, [y / draws for y in mid], "k--", lw=1, label="our noise alone" + (", twice" * (draws - 1)))
+                continue
             ax.plot(n, mid, "o-", ms=4, color=COLOURS.get(provider), label=provider)
             ax.fill_between(n, low, high, color=COLOURS.get(provider), alpha=0.15, lw=0)
         bound = [r for r in own if r["provider"] == "ours" and r.get("of_bandwidth")]
@@ -67,15 +72,22 @@ def throughput(rows: list[Row], known: Row, path: Path) -> Path:
 
 def ratios(rows: list[Row], known: Row, path: Path) -> Path:
     which = list(dict.fromkeys(r["pass"] for r in rows))
-    peers = [p for p in dict.fromkeys(r["provider"] for r in rows) if p != "ours"]
+    peers = [p for p in dict.fromkeys(r["provider"] for r in rows) if p not in OURS]
     figure, axes = plt.subplots(1, len(which), figsize=(5.6 * len(which), 4), constrained_layout=True, squeeze=False)
     for ax, name in zip(axes[0], which, strict=True):
         sizes = list(dict.fromkeys(r["size"] for r in rows if r["pass"] == name))
         for k, peer in enumerate(peers):
             by = {r["size"]: r["ratio_to_ours"] for r in rows if r["pass"] == name and r["provider"] == peer}
             at = [i + (k - (len(peers) - 1) / 2) * 0.8 / len(peers) for i in range(len(sizes))]
-            bars = ax.bar(at, [by.get(s, 0) for s in sizes], 0.8 / len(peers), color=COLOURS.get(peer), label=peer)
-            ax.bar_label(bars, fmt="%.1f", fontsize=6, padding=1)
+            height = [by.get(s, 1) for s in sizes]
+            bars = ax.bar(
+                at, [h - 1 for h in height], 0.8 / len(peers), bottom=1, color=COLOURS.get(peer), label=peer
+            )  # wins rise from 1, losses hang from it
+            ax.bar_label(bars, [f"{h:.2g}" for h in height], fontsize=6, padding=1)
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("")
+        ax.margins(y=0.15)
         ax.axhline(1, color=COLOURS["ours"], lw=1.5)
         ax.set_xticks(range(len(sizes)), sizes, fontsize=8)
         ax.set(ylabel="time / our time", title=f"{rows[0]['op']}, {name}")
@@ -88,7 +100,7 @@ def memory(rows: list[Row], path: Path) -> Path:
     """Of the largest case of each op: what each provider keeps for backward, and its peak, in words an element."""
     op = rows[0]["op"]
     largest = max(r["elements"] for r in rows if r["op"] == op and r.get("saved_bytes") is not None)
-    own = [r for r in rows if r["op"] == op and r.get("elements") == largest and r["provider"] != "ours again"]
+    own = [r for r in rows if r["op"] == op and r.get("elements") == largest and r["provider"] not in OURS[1:]]
     names = [r["provider"] for r in own]
     word = {"float64": 8, "float32": 4}.get(own[0]["dtype"], 2)
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), constrained_layout=True)

@@ -20,6 +20,7 @@ class Op(NamedTuple):
     distributions: Callable[..., Outputs] | None
     words: tuple[int, int]  # read or written an element at least: forward, backward
     truth: Callable[..., tuple[Tensor, Tensor, Tensor | None]]  # float64: mean of z, sigma of z, kl
+    samples: bool = True
 
 
 def two(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -88,6 +89,7 @@ OPS: dict[str, Op] = {
         lambda mu, x: (distributions_latent_kl(mu, x),),
         (2, 4),
         truth,
+        samples=False,
     ),
     "prior": Op(
         four,
