@@ -102,6 +102,7 @@ def bench_op(name: str, size: str, dtype: str, bandwidth: float, args: argparse.
     op, shape = providers.OPS[name], tuple(int(n) for n in size.split("x"))
     leaves = op.inputs(shape, DTYPES[dtype], args.device)
     n = math.prod(shape)
+    torch.compiler.reset()  # a limit on recompilations must not turn a compiled peer into an eager one
     functions = providers.providers(op, args.providers)
     for provider, f in functions.items():
         measure.check(provider, f, leaves, op.truth)

@@ -117,7 +117,7 @@ def distributions_latent_kl(mu: Tensor, logvar: Tensor) -> Tensor:
 
 def compiled(f: Callable[..., Outputs], fallback_random: bool) -> Callable[..., Outputs]:
     """torch.compile with its own noise, or with aten's randn, which it then stores for backward."""
-    return torch.compile(f, options={"fallback_random": fallback_random}, dynamic=False)
+    return torch.compile(f, fullgraph=True, options={"fallback_random": fallback_random}, dynamic=False)
 
 
 def providers(op: Op, names: list[str]) -> dict[str, Callable[..., Outputs]]:
