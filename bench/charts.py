@@ -38,6 +38,12 @@ def save(figure: plt.Figure, path: Path) -> Path:
     return path
 
 
+def legend(figure: plt.Figure) -> None:
+    """One for all panels, below them."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncol=4, fontsize=8, frameon=False)
+
+
 def caption(known: Row) -> str:
     threads = "1 thread" if known["threads"] == 1 else f"{known['threads']} threads"
     return f"{known['machine']}, {known['isa']}, {threads}, torch {known['torch']}"
@@ -56,7 +62,7 @@ def throughput(rows: list[Row], known: Row, path: Path) -> Path:
             low, mid, high = ([point[0] / point[k] / 1e3 for point in line] for k in (3, 2, 1))
             if provider == "noise alone":
                 draws = 2 if "+" in name else 1
-                ax.plot(n, [y / draws for y in mid], "k--", lw=1, label="our noise alone" + (", twice" * (draws - 1)))
+                ax.plot(n, [y / draws for y in mid], "k--", lw=1, label="our noise alone, once a pass")
                 continue
             ax.plot(n, mid, "o-", ms=4, color=COLOURS.get(provider), label=provider)
             ax.fill_between(n, low, high, color=COLOURS.get(provider), alpha=0.15, lw=0)
@@ -65,7 +71,7 @@ def throughput(rows: list[Row], known: Row, path: Path) -> Path:
             rate = bound[0]["elements"] / bound[0]["us_q50"] / 1e3 / bound[0]["of_bandwidth"]
             ax.axhline(rate, color="black", ls=":", lw=1, label="bandwidth of a plain copy")
         ax.set(xscale="log", yscale="log", xlabel="elements", ylabel="G elements / s", title=f"{own[0]['op']}, {name}")
-        ax.legend(fontsize=8)
+    legend(figure)
     figure.suptitle(caption(known), fontsize=8)
     return save(figure, path)
 
@@ -91,7 +97,7 @@ def ratios(rows: list[Row], known: Row, path: Path) -> Path:
         ax.axhline(1, color=COLOURS["ours"], lw=1.5)
         ax.set_xticks(range(len(sizes)), sizes, fontsize=8)
         ax.set(ylabel="time / our time", title=f"{rows[0]['op']}, {name}")
-        ax.legend(fontsize=8)
+    legend(figure)
     figure.suptitle(caption(known), fontsize=8)
     return save(figure, path)
 

@@ -1,5 +1,6 @@
 """Whole training steps, so that a user sees what the op is worth inside a model, and where it is worth nothing."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +21,10 @@ def vae(impl: str, device: str) -> Step:
     images = load()
     model, optimizer = start(images, Options(impl={"ours": "kernels", "eager": "plain"}[impl], latent=20))
     x = images.train[:64]
+    seeds = itertools.count()  # fresh noise each step, as in training
 
     def step() -> None:
-        terms = model(x, 1)
+        terms = model(x, next(seeds))
         optimizer.zero_grad()
         (terms.nll + terms.kl).mean().backward()
         optimizer.step()
