@@ -71,6 +71,7 @@ def throughput(rows: list[Row], known: Row, path: Path) -> Path:
             rate = bound[0]["elements"] / bound[0]["us_q50"] / 1e3 / bound[0]["of_bandwidth"]
             ax.axhline(rate, color="black", ls=":", lw=1, label="bandwidth of a plain copy")
         ax.set(xscale="log", yscale="log", xlabel="elements", ylabel="G elements / s", title=f"{own[0]['op']}, {name}")
+        ax.xaxis.set_minor_formatter("")
     legend(figure)
     figure.suptitle(caption(known), fontsize=8)
     return save(figure, path)

@@ -38,8 +38,8 @@ def table(path: Path) -> str:
     spread = max(abs(float(row["ratio_to_ours"]) - 1) for row in rows if row["provider"] == "ours again")
     known = rows[0]
     said = [
-        f"{known['machine']}, {known['isa']}, {known['threads']} thread, torch {known['torch']}, medians of interleaved "
-        f"runs of thread CPU time; the same code measured twice differs by up to {spread:.0%}.",
+        f"{known['machine']}, {known['isa']}, {known['threads']} thread, torch {known['torch']}, medians of "
+        f"interleaved runs of thread CPU time; the same code measured twice differs by up to {spread:.0%}.",
         "torch.randn against rk.randn: "
         + ", ".join(f"{row['size'].replace('x', ' x ')} {float(row['ratio_to_ours']):.1f}x" for row in noise)
         + ".",
