@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, checks, executors, reference
+from . import checks, executors
 from .spec import prepare, take_seed
 
 NOISE_VERSION = 1
@@ -55,14 +55,8 @@ def randn(
     items = result.shape[0] if result.dim() else None
     seeds = take_seed("randn", seed, generator, result.device, items)
     with torch.no_grad():
-        fill = result if result.is_contiguous() else torch.empty_like(result, memory_format=torch.contiguous_format)
-        backend = backends.of(result.device)
-        if backend is None:
-            fill.copy_(reference.noise(seeds, tuple(result.shape)).float())
-        else:
-            backend.randn(fill, seeds)
-        if fill is not result:
-            result.copy_(fill)
+        eps = executors.noise(result, seeds)
+        result = eps if out is None or eps is out else out.copy_(eps)
     return result.requires_grad_(requires_grad) if requires_grad else result
 
 

@@ -88,6 +88,8 @@ def expands(where: str, name: str, t: Tensor, shape: Sequence[int]) -> None:
 
 
 def integer(where: str, name: str, value: Any, do: str) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
     if not isinstance(value, (bool, Tensor)):
         try:
             return operator.index(value)
@@ -206,7 +208,7 @@ def scale(where: str, param: Any, min_std: Any, clamp: Any) -> tuple[float, tupl
             "It says how the second argument reads.",
         )
     floor = number(where, "min_std", min_std, "Pass a small positive number, as 1e-4.")
-    if not (math.isfinite(floor) and floor >= 0):
+    if not 0 <= floor < math.inf:
         fail(ValueError, where, "min_std must be finite and not negative", str(floor), "Pass 1e-4, for example.")
     if floor and param != "softplus":
         fail(
@@ -240,6 +242,6 @@ def prior_pair(where: str, prior: Any) -> tuple[Any, Any]:
 
 def prior_number(where: str, name: str, value: Any) -> float:
     out = number(where, name, value, "A prior is two tensors, or Python numbers.")
-    if not math.isfinite(out):
+    if not -math.inf < out < math.inf:
         fail(ValueError, where, f"{name} must be finite", str(out), "A prior of infinite width has no KL.")
     return out

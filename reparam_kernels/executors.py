@@ -1,24 +1,31 @@
-"""Which way a call goes: straight to the kernels, or through the formula. Every private torch name is here."""
+"""Which way a call goes: straight to the kernels, as a registered op, or through the formula."""
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import backends
+from . import backends, checks, library, modes
 from .function import Latent
 from .reference import formula
 from .spec import Call
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-_transform = torch._C._functorch.peek_interpreter_stack
-_dispatch_modes = torch._C._len_torch_dispatch_stack
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def run(call: Call) -> tuple[Tensor | None, Tensor | None]:
     """(z, kl); None for what spec does not ask for."""
+    eps_learns = call.eps is not None and call.eps.requires_grad
+    if torch.compiler.is_compiling():
+        if not backends.has_kernels(call.mu.device.type):
+            return formula(call)
+        return through_formula(call) if eps_learns or modes.compiling_a_transform() else library.forward(call)
     backend = backends.of(call.mu.device)
-    if backend is None or not is_plain(call):
+    if backend is None:
         return formula(call)
+    if eps_learns or modes.transforming():
+        return through_formula(call)
+    if modes.recording() or not _PLAIN.issuperset(map(type, call[:-1])):
+        refuse_distributed(call)
+        return library.forward(call)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:4]):
         z, kl = Latent.apply(call, *call[:4])  # type: ignore[no-untyped-call]
     else:
@@ -26,12 +33,27 @@ def run(call: Call) -> tuple[Tensor | None, Tensor | None]:
     return z, kl
 
 
-def is_plain(call: Call) -> bool:
-    """Plain tensors, no transform or mode under way, no gradient to eps: the kernels are all there is to do."""
-    return (
-        type(call.mu) in _PLAIN
-        and _transform() is None
-        and _dispatch_modes() == 0
-        and forward_ad._current_level < 0
-        and (call.eps is None or not call.eps.requires_grad)
-    )
+def through_formula(call: Call) -> tuple[Tensor | None, Tensor | None]:
+    """Plain torch around the noise, which is a constant: right under any nesting of transforms."""
+    return formula(library.with_noise(call))
+
+
+def refuse_distributed(call: Call) -> None:
+    for t in call[:-1]:
+        if any(base.__name__ == "DTensor" for base in type(t).__mro__):
+            checks.fail(
+                TypeError,
+                "reparam_kernels",
+                "mu and the tensors that go with it must be a tensor of this process",
+                "DTensor",
+                "Call on the local shard, t.to_local(), with a seed of its own for each rank.",
+            )
+
+
+def noise(out: Tensor, seed: Tensor) -> Tensor:
+    """The noise of `seed`: in `out`, or where that cannot be written to, in a tensor like it."""
+    if torch.compiler.is_compiling() or modes.transforming() or modes.recording() or backends.of(out.device) is None:
+        return library.noise(seed, out.shape).to(out.dtype)
+    fresh = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    library.kernels_of(out).randn(fresh, seed)
+    return fresh if fresh is out else out.copy_(fresh)

@@ -62,8 +62,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@lru_cache(maxsize=1024)
-def _spec(
+def spec_of(
     where: str,
     ndim: int,
     z: bool,
@@ -81,10 +80,15 @@ def _spec(
     return Spec(z, kl, sample_shape, event_ndim, param, min_std, clamp, packed)
 
 
+_known_spec = lru_cache(maxsize=1024)(spec_of)
+
+
 def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
     """One random seed, the only draw of a call; no host synchronisation."""
     if generator is not None:
         return torch.randint(2**63 - 1, (1,), device=generator.device, generator=generator).to(device)
+    if torch.compiler.is_compiling():  # by this signature torch.compile draws what eager draws
+        return torch.randint(2**63 - 1, (1,), device=device, generator=None)
     if device == CPU:  # spelling it out costs a microsecond
         return torch.randint(2**63 - 1, (1,))
     return torch.randint(2**63 - 1, (1,), device=device)
@@ -124,8 +128,13 @@ def _take_prior(where: str, prior: Any, mu: Tensor, shape: torch.Size) -> list[T
         else:
             number = checks.prior_number(where, name, value)
             value = torch.full((), number, dtype=accumulate_dtype(mu.dtype), device=mu.device)
-        out.append(value.resolve_neg())
+        out.append(positive(value))
     return out
+
+
+def positive(t: Tensor) -> Tensor:
+    """Not a view whose memory holds the opposite sign; under torch.compile there are none."""
+    return t if torch.compiler.is_compiling() or not t.is_neg() else t.resolve_neg()
 
 
 def prepare(
@@ -165,7 +174,9 @@ def prepare(
         clamp = tuple(clamp)
     if isinstance(sample_shape, list):
         sample_shape = tuple(sample_shape)
-    spec = _spec(where, len(shape), z, kl, sample_shape, event_ndim, param, min_std, clamp, packed)
+    compiling = torch.compiler.is_compiling()
+    make = spec_of if compiling else _known_spec  # torch.compile warns of a cache
+    spec = make(where, len(shape), z, kl, sample_shape, event_ndim, param, min_std, clamp, packed)
     mu_p = x_p = None
     if prior is not None:
         mu_p, x_p = _take_prior(where, prior, mu, shape)
@@ -177,9 +188,9 @@ def prepare(
         checks.floating(where, "eps", eps)
         checks.like_mu(where, "eps", eps, mu, shape=False)
         checks.eps_shape(where, eps, spec.sample_shape + tuple(shape))
-        eps = eps.resolve_neg()
-    if mu.is_neg() or (x is not None and x.is_neg()):  # views whose memory holds the opposite sign
-        mu, x = mu.resolve_neg(), None if x is None else x.resolve_neg()
+        eps = positive(eps)
+    if not compiling and (mu.is_neg() or (x is not None and x.is_neg())):
+        mu, x = positive(mu), None if x is None else positive(x)
     return Call(mu, x, mu_p, x_p, seed, eps, spec)
 
 

@@ -10,6 +10,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .. import modes
+
 NAMES = ("cpu", "triton", "reference")
 FORCED = os.environ.get("REPARAM_BACKEND")
 if FORCED is not None and FORCED not in NAMES:
@@ -61,6 +63,11 @@ def of(device: torch.device) -> ModuleType | None:
     """The backend's module, imported when first needed; None: no kernels, so the reference."""
     name = name_of(device.type)
     return None if name == "reference" else importlib.import_module(f".{name}", __name__)
+
+
+@modes.constant_to_the_compiler
+def has_kernels(device_type: str) -> bool:
+    return name_of(device_type) != "reference"
 
 
 def backend_for(tensor: Tensor) -> str:
