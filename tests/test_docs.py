@@ -10,6 +10,7 @@ import reparam_kernels as rk
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = [getattr(rk, name) for name in rk.__all__ if name not in ("NOISE_VERSION", "reference")]
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
 
 
 @pytest.mark.parametrize("thing", PUBLIC, ids=lambda t: t.__name__)
@@ -26,7 +27,7 @@ def blocks(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S)
 
 
-@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")]), ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_python_blocks_of_a_page_run_in_order(page):
     """A comment `# -> text` at the end of a print's line is what it prints."""
     space: dict = {}
@@ -35,6 +36,12 @@ def test_python_blocks_of_a_page_run_in_order(page):
         space["print"] = lambda *values, printed=printed: printed.append(" ".join(map(str, values)))
         exec(compile(block, page.name, "exec"), space)
         assert printed == re.findall(r"# -> (.*)", block)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_pictures_and_relative_links_of_a_page_exist(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
 
 
 def test_readme_names_tests_that_exist():
