@@ -4,14 +4,18 @@ VENV ?= .venv
 PIP_ARGS ?=
 RUN = $(VENV)/bin/python
 DEMO_ARGS ?= --impl both --epochs 150
+WHY_ARGS ?=
 
-.PHONY: demo parity test test-slow test-arm bench lint clean
+.PHONY: demo parity why test test-slow test-arm bench lint clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m examples.vae $(DEMO_ARGS) --out out/vae
 
 parity: $(VENV)/.ready
 	$(RUN) -m examples.vae.parity
+
+why: $(VENV)/.ready
+	$(RUN) -m examples.why_reparameterize $(WHY_ARGS)
 
 test: $(VENV)/.ready
 	$(RUN) -m pytest

@@ -10,6 +10,7 @@ import reparam_kernels as rk
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = [getattr(rk, name) for name in rk.__all__ if name not in ("NOISE_VERSION", "reference")]
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
 
 
 @pytest.mark.parametrize("thing", PUBLIC, ids=lambda t: t.__name__)
@@ -44,3 +45,9 @@ def test_python_blocks_of_a_page_run_in_order(page):
 def test_pages_name_tests_that_exist(page):
     for file, test in re.findall(r"`(tests/\w+\.py)::(\w+)`", page.read_text()):
         assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_pictures_and_relative_links_of_a_page_exist(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
