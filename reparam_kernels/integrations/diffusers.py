@@ -250,12 +250,19 @@ class OobleckDiagonalGaussianDistribution(Posterior):
             kl = self._packed().kl().sum() / places
             return kl if self.mend_quirks else 2 * kl
         shape = torch.broadcast_shapes(self.mean.shape, other.mean.shape)  # type: ignore[no-untyped-call]
-        kl = kl_divergence(self.mean.expand(shape), self.std.expand(shape), prior=(other.mean, other.std), param="std")
+        kl = kl_divergence(
+            self.mean.expand(shape),
+            self._x.expand(shape),
+            prior=(other.mean, other.scale),
+            param="softplus",
+            min_std=1e-4,
+        )
         kl = kl.sum() / places
         if self.mend_quirks:
             return kl
-        twist: Tensor = (self.logvar.to(kl.dtype) - other.logvar.to(kl.dtype)).sum(self.chunk_dim).mean()
-        return 2 * kl + 2 * twist
+        log_std, log_std_p = (torch.log(softplus(x.to(kl.dtype)) + 1e-4) for x in (self._x, other.scale))
+        twist: Tensor = (log_std - log_std_p).sum(self.chunk_dim).mean()
+        return 2 * kl + 4 * twist  # the log of var / other.var, its sign the wrong way round
 
 
 def randn(shape: torch.Size, generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -8,26 +8,29 @@ from typing import Any
 from .. import checks
 
 log = logging.getLogger(__name__)
+_patched: set[str] = set()
 
 
 class Patch:
-    """What a patch() did: `rebound` lists the names; `restore()`, or leaving the with block, puts them back.
+    """What a patch() did: `rebound` lists the names; `restore()`, or leaving the with block, puts them back,
+    once.
 
     Modules that the package loads while the patch holds are put back with the rest. Names that your own modules have
     already imported are yours and stay as they are.
     """
 
     def __init__(self, module: str, swaps: dict[type, type]) -> None:
-        self._module, self._swaps = module, swaps
-        self.rebound = self._rebind(swaps)
-        if not self.rebound:
+        if module in _patched:
             checks.fail(
                 RuntimeError,
                 f"integrations.{module}.patch",
                 f"{module} must not be patched already",
-                "a package without its own classes",
-                "Call restore() on the first patch.",
+                "a second patch",
+                "Call restore() on the first.",
             )
+        self._module, self._swaps = module, swaps
+        _patched.add(module)
+        self.rebound = self._rebind(swaps)
         log.warning("%s", self)
 
     def _rebind(self, swaps: dict[type, type]) -> tuple[str, ...]:
@@ -41,7 +44,10 @@ class Patch:
         return tuple(found)
 
     def restore(self) -> None:
-        self._rebind({ours: theirs for theirs, ours in self._swaps.items()})
+        if self._swaps:
+            self._rebind({ours: theirs for theirs, ours in self._swaps.items()})
+            _patched.discard(self._module)
+            self._swaps = {}
 
     def __enter__(self) -> "Patch":
         return self
