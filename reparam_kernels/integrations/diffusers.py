@@ -1,11 +1,11 @@
 """The posteriors of diffusers' autoencoders, with their noise or ours, over the fused KL."""
 
 import math
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions.utils import lazy_property
 from torch.nn.functional import softplus
 
 from .. import checks
@@ -122,15 +122,15 @@ class DiagonalGaussianDistribution(Posterior):
         (torch.Size([2, 4, 4, 4]), tensor([0., 0.]))
     """
 
-    @cached_property
+    @lazy_property
     def logvar(self) -> Tensor:
         return torch.clamp(self._x, -30.0, 20.0)
 
-    @cached_property
+    @lazy_property
     def std(self) -> Tensor:
         return torch.zeros_like(self.mean) if self.deterministic else torch.exp(0.5 * self.logvar)
 
-    @cached_property
+    @lazy_property
     def var(self) -> Tensor:
         return torch.zeros_like(self.mean) if self.deterministic else torch.exp(self.logvar)
 
@@ -221,15 +221,15 @@ class OobleckDiagonalGaussianDistribution(Posterior):
     def scale(self) -> Tensor:
         return self._x
 
-    @cached_property
+    @lazy_property
     def std(self) -> Tensor:
         return softplus(self._x) + 1e-4
 
-    @cached_property
+    @lazy_property
     def var(self) -> Tensor:
         return self.std * self.std
 
-    @cached_property
+    @lazy_property
     def logvar(self) -> Tensor:
         return torch.log(self.var)
 
