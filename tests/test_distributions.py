@@ -116,6 +116,7 @@ def test_kl_is_registered_both_ways(sides, dtype):
         kl.backward(weight.to(kl.dtype))
         want.backward(weight.double())
         for g, w in zip(ours, true, strict=True):
+            assert g.grad is not None
             assert g.grad.dtype == dtype
             torch.testing.assert_close(g.grad.double(), w.grad, rtol=20 * UNIT[dtype] + 1e-6, atol=1e-4)
 

@@ -84,6 +84,7 @@ def test_balancing_splits_the_gradient(options):
     assert floor == 0 or min(rows) < floor < max(rows)
     whole.clamp(min=floor).sum().backward()
     for o, p, weight in zip(ours, plain, [to_posterior, to_posterior, to_prior, to_prior], strict=True):
+        assert o.grad is not None
         torch.testing.assert_close(o.grad, weight * p.grad, rtol=1e-5, atol=1e-6)
 
 
