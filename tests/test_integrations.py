@@ -244,6 +244,33 @@ def test_std_and_var_are_computed_when_read():
     assert torch.equal(posterior.var, posterior.logvar.exp())
 
 
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__module__ + c.__name__)
+def test_std_read_without_gradients_keeps_its_own(cls):
+    """A look at std for the log must not cut what sample gives later."""
+    parameters = moments((2, 8, 4, 4)).requires_grad_()
+    posterior = cls(parameters)
+    with torch.no_grad():
+        posterior.std.mean(), posterior.var.mean()
+    (grad,) = torch.autograd.grad(posterior.sample(seeded(1)).square().sum(), parameters)
+    (want,) = torch.autograd.grad(cls(parameters).sample(seeded(1)).square().sum(), parameters)
+    assert torch.equal(grad, want)
+    assert grad[:, 4:].any()
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__module__ + c.__name__)
+def test_torch_noise_compiles_whole(cls):
+    def step(parameters):
+        posterior = cls(parameters)
+        return posterior.sample(), posterior.std, posterior.mode()
+
+    parameters = moments((2, 8, 4, 4))
+    torch.manual_seed(0)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(parameters)
+    torch.manual_seed(0)
+    for got, want in zip(compiled, step(parameters), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_philox_saves_nothing_but_the_parameters():
     saved = []
     parameters = moments((2, 8, 4, 4)).requires_grad_()

@@ -16,7 +16,7 @@ from .patching import Patch, require
 
 __all__ = ["DiagonalGaussianDistribution", "OobleckDiagonalGaussianDistribution", "patch"]
 
-KNOWN = ("0.42.1",)
+KNOWN = ("0.35.2", "0.38.0", "0.41.0", "0.42.1")
 Generators = torch.Generator | list[torch.Generator] | tuple[torch.Generator, ...] | None
 
 
