@@ -12,8 +12,7 @@ _patched: set[str] = set()
 
 
 class Patch:
-    """What a patch() did: `rebound` lists the names; `restore()`, or leaving the with block, puts them back,
-    once.
+    """What a patch() did: `rebound` lists the names; `restore()`, or leaving the with block, puts them back.
 
     Modules that the package loads while the patch holds are put back with the rest. Names that your own modules have
     already imported are yours and stay as they are.

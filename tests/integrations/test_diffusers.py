@@ -122,6 +122,22 @@ def outcome(call, *args):
         return IndexError
 
 
+@pytest.mark.parametrize(("mine", "theirs"), PAIRS, ids=["kl", "oobleck"])
+def test_the_philox_noise_has_their_distribution(mine, theirs):
+    """And the gradients that their z would have with the same noise."""
+    leaves = [torch.randn(4, 8, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2)]
+    q, p = mine(leaves[0], noise="philox"), theirs(leaves[1])
+    z = q.sample(torch.Generator().manual_seed(1))
+    eps = ((z - p.mean) / p.std).detach()
+    assert abs(eps.mean()) < 5 / 4096**0.5
+    assert abs(eps.std() - 1) < 4 / 4096**0.5
+    assert eps.abs().max() < 5
+    dz = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
+    z.backward(dz)
+    (p.mean + p.std * eps).backward(dz)
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-4, atol=1e-5)
+
+
 def tiny():
     torch.manual_seed(0)
     return AutoencoderKL(

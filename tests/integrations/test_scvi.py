@@ -41,6 +41,9 @@ def test_posteriors_are_ours_and_their_loss_is_scvi_s(counts):
     assert type(qz) is rk.distributions.Normal
     torch.manual_seed(0)
     assert torch.equal(rk.distributions.Normal(qz.loc, qz.scale).rsample(), z)
+    eps = (z - qz.loc) / qz.scale
+    assert abs(eps.mean()) < 0.3
+    assert 0.8 < eps.std() < 1.2
     plain = td.kl_divergence(td.Normal(qz.loc, qz.scale), td.Normal(0.0, 1.0)).sum(-1)
     torch.testing.assert_close(loss.kl_local["kl_divergence_z"], plain, rtol=1e-5, atol=1e-5)
     inference["qz"] = td.Normal(qz.loc, qz.scale)
