@@ -184,6 +184,9 @@ def test_deterministic():
     generator = seeded(1)
     assert torch.equal(theirs.sample(generator), theirs.mean)
     assert not torch.equal(generator.get_state(), seeded(1).get_state())
+    still = DiagonalGaussianDistribution(parameters, True, noise="philox")
+    assert torch.equal(still.sample(), still.mean)
+    assert torch.equal(still.kl(), torch.zeros(1))
     for noise in ("torch", "philox"):
         mended = DiagonalGaussianDistribution(parameters, True, mend_quirks=True, noise=noise)
         assert torch.equal(mended.kl(), torch.zeros(3))
