@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 DEMO_ARGS ?= --impl both --epochs 150
 WHY_ARGS ?=
 
-.PHONY: demo parity why test test-slow test-arm bench lint clean
+.PHONY: demo parity why test test-slow test-arm test-integrations bench lint clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m examples.vae $(DEMO_ARGS) --out out/vae
@@ -27,6 +27,10 @@ test-slow: $(VENV)/.ready
 test-arm: $(VENV)/.ready
 	$(RUN) -m pytest -m arm
 
+# Beside the packages that the adapters are for, in an environment of its own; their warnings are theirs.
+test-integrations: $(VENV)-integrations/.ready
+	$(VENV)-integrations/bin/python -m pytest -m integrations -o filterwarnings=default tests/integrations
+
 lint: $(VENV)/.ready
 	$(RUN) -m pip install -q $(PIP_ARGS) -e '.[lint]'
 	$(RUN) -m ruff check .
@@ -37,11 +41,17 @@ bench: $(VENV)/.ready
 	$(RUN) -m bench $(BENCH_ARGS)
 
 clean:
-	rm -rf build dist out $(VENV) *.egg-info reparam_kernels/_C*.so
+	rm -rf build dist out $(VENV) $(VENV)-integrations *.egg-info reparam_kernels/_C*.so
 
 # The tests pin torch; where pip brings its CUDA build, that build brings its own triton.
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install $(PIP_ARGS) 'torch==2.13.0'
 	$(RUN) -m pip install $(PIP_ARGS) -e '.[test,examples]'
+	touch $@
+
+$(VENV)-integrations/.ready: pyproject.toml setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)-integrations
+	$(VENV)-integrations/bin/python -m pip install $(PIP_ARGS) 'torch==2.13.0'
+	$(VENV)-integrations/bin/python -m pip install $(PIP_ARGS) -e '.[integrations]'
 	touch $@

@@ -65,7 +65,7 @@ setup(
         Pybind11Extension(
             "reparam_kernels._C",
             ["csrc/bindings.cpp", "csrc/dispatch.cpp"],
-            depends=[str(path) for path in Path("csrc").glob("*.h")],
+            depends=sorted(map(str, Path("csrc").glob("*"))),
             cxx_std=17,
         )
     ],

@@ -1,6 +1,6 @@
 """Fused Gaussian reparameterisation and KL for variational autoencoders; the noise is named, never stored."""
 
-from . import reference
+from . import distributions, integrations, losses, reference
 from .api import NOISE_VERSION, kl_divergence, randn, reparameterize, reparameterize_kl
 from .backends import backend_for
 from .distribution import DiagonalGaussian
@@ -11,7 +11,10 @@ __all__ = [
     "DiagonalGaussian",
     "GaussianHead",
     "backend_for",
+    "distributions",
+    "integrations",
     "kl_divergence",
+    "losses",
     "randn",
     "reference",
     "reparameterize",

@@ -3,17 +3,29 @@
 import doctest
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import reparam_kernels as rk
 
 ROOT = Path(__file__).parent.parent
-PUBLIC = [getattr(rk, name) for name in rk.__all__ if name not in ("NOISE_VERSION", "reference")]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
 
 
-@pytest.mark.parametrize("thing", PUBLIC, ids=lambda t: t.__name__)
+def public(module):
+    for name in module.__all__:
+        thing = getattr(module, name)
+        if isinstance(thing, ModuleType) and thing is not rk.reference:
+            yield from public(thing)
+        elif callable(thing):
+            yield thing
+
+
+PUBLIC = list(public(rk))
+
+
+@pytest.mark.parametrize("thing", PUBLIC, ids=lambda t: f"{t.__module__}.{t.__name__}")
 def test_docstring_has_its_parts_and_its_example_runs(thing):
     text = thing.__doc__
     for part in ("Args:", "Raises:", "Example:"):

@@ -1,0 +1,353 @@
+"""The posteriors of diffusers' autoencoders, with their noise or ours, over the fused KL."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions.utils import lazy_property
+from torch.nn.functional import softplus
+
+from .. import checks
+from ..api import kl_divergence
+from ..distribution import DiagonalGaussian
+from ..spec import accumulate_dtype
+from .patching import Patch, require
+
+__all__ = ["DiagonalGaussianDistribution", "OobleckDiagonalGaussianDistribution", "patch"]
+
+KNOWN = ("0.35.2", "0.38.0", "0.41.0", "0.42.1")
+Generators = torch.Generator | list[torch.Generator] | tuple[torch.Generator, ...] | None
+
+
+class Posterior:
+    """What the classes share: the packed parameters, the two noises, sample and mode."""
+
+    mean: Tensor
+    std: Any
+
+    def __init__(
+        self,
+        parameters: Tensor,
+        deterministic: bool = False,
+        *,
+        chunk_dim: int = 1,
+        noise: str = "torch",
+        mend_quirks: bool = False,
+    ) -> None:
+        where = type(self).__name__
+        checks.floating(where, "parameters", parameters)
+        if noise not in ("torch", "philox"):
+            checks.fail(
+                ValueError,
+                where,
+                'noise must be "torch" or "philox"',
+                repr(noise),
+                "The first draws what diffusers draws, the second stores nothing.",
+            )
+        self.parameters, self.deterministic = parameters, deterministic
+        self.chunk_dim, self.noise, self.mend_quirks = chunk_dim, noise, mend_quirks
+        self.mean, self._x = torch.chunk(parameters, 2, dim=chunk_dim)
+
+    def _packed(self) -> DiagonalGaussian:
+        raise NotImplementedError
+
+    def _mean_only(self) -> bool:
+        raise NotImplementedError
+
+    def _torch_noise(self, generator: Generators) -> Tensor:
+        return randn(self.mean.shape, generator, self.mean.device, self.mean.dtype)
+
+    def sample(self, generator: Generators = None, *, seed: int | Tensor | None = None) -> Tensor:
+        """z; seed, for the "philox" noise, instead of a generator: one for all, or one for each item."""
+        if seed is not None and self.noise == "torch":
+            checks.fail(
+                ValueError,
+                f"{type(self).__name__}.sample",
+                'seed goes with noise="philox"',
+                'noise="torch"',
+                'Pass a generator, or build the posterior with noise="philox".',
+            )
+        if self._mean_only():
+            return self.mean.clone()
+        if self.noise == "torch":
+            sample: Tensor = self.mean + self.std * self._torch_noise(generator)
+            return sample
+        if seed is None:
+            seed = item_seeds(self.mean.shape[0], generator, self.mean.device)
+        return self._packed().rsample(seed=seed)
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def _zero(self, *shape: int) -> Tensor:
+        """The KL of a deterministic posterior: theirs is one zero on the CPU."""
+        if not self.mend_quirks:
+            return torch.zeros(1)
+        return self.mean.new_zeros(shape, dtype=accumulate_dtype(self.mean.dtype))
+
+
+class DiagonalGaussianDistribution(Posterior):
+    """The posterior of diffusers' AutoencoderKL and its kin, the moments packed along a dim.
+
+        z = mean + std * noise,  logvar clamped to [-30, 20],  kl = KL(N(mean, var) || N(0, I) or other)
+
+    The whole surface of diffusers' class: parameters, mean, logvar, std, var, deterministic, sample, mode, kl, nll.
+    logvar, std and var are computed when they are read; kl and nll are float32 for the half dtypes, where theirs
+    overflow.
+
+    Args:
+        parameters: encoder output, mean and logvar stacked along chunk_dim; float16, bfloat16, float32 or float64.
+        deterministic: std and var are zero, so that sample gives the mean.
+        chunk_dim: theirs is 1.
+        noise: "torch" draws what diffusers' class draws and gives the same z to the bit; "philox" draws one seed for
+            each item and stores no noise. sample takes one generator, a list with one for each item, or a CPU generator
+            for a tensor on a GPU in both.
+        mend_quirks: False keeps theirs: kl and nll sum over dims 1 to 3 whatever the rank (5-D gives (B, W), 3-D
+            raises), a deterministic posterior's are torch.zeros(1) on the CPU. True sums over all but the first dim.
+
+    Raises:
+        TypeError, ValueError: a dtype that is not one of the four, an unknown noise.
+        IndexError: kl and nll of fewer than four dims, unless mend_quirks is True.
+
+    Source:
+        Kingma and Welling, "Auto-Encoding Variational Bayes", 2014; Rombach et al., "High-Resolution Image Synthesis
+        with Latent Diffusion Models", 2022.
+
+    Example:
+        >>> import torch
+        >>> from reparam_kernels.integrations.diffusers import DiagonalGaussianDistribution
+        >>> posterior = DiagonalGaussianDistribution(torch.zeros(2, 8, 4, 4))
+        >>> posterior.sample(torch.Generator().manual_seed(0)).shape, posterior.kl()
+        (torch.Size([2, 4, 4, 4]), tensor([0., 0.]))
+    """
+
+    @lazy_property
+    def logvar(self) -> Tensor:
+        return torch.clamp(self._x, -30.0, 20.0)
+
+    @lazy_property
+    def std(self) -> Tensor:
+        return torch.zeros_like(self.mean) if self.deterministic else torch.exp(0.5 * self.logvar)
+
+    @lazy_property
+    def var(self) -> Tensor:
+        return torch.zeros_like(self.mean) if self.deterministic else torch.exp(self.logvar)
+
+    def _packed(self, event_ndim: int | None = None) -> DiagonalGaussian:
+        return DiagonalGaussian.from_moments(
+            self.parameters, self.chunk_dim, clamp=(-30.0, 20.0), event_ndim=event_ndim
+        )
+
+    def _mean_only(self) -> bool:
+        return self.deterministic and (self.mend_quirks or self.noise == "philox")  # theirs draws all the same
+
+    def _dims(self, method: str) -> tuple[int, ...]:
+        ndim = self.mean.dim()
+        if self.mend_quirks:
+            return tuple(range(1, ndim))
+        if ndim < 4:
+            checks.fail(
+                IndexError,
+                f"{type(self).__name__}.{method}",
+                "parameters must have at least 4 dims, for it sums over dims 1 to 3 as diffusers does",
+                f"shape {tuple(self.parameters.shape)}",
+                "Pass mend_quirks=True to sum over all dims but the first.",
+            )
+        return (1, 2, 3)
+
+    def kl(self, other: Any = None) -> Tensor:
+        """KL(self || other), other being N(0, I), one of this class or of theirs; gradients to both."""
+        if self.deterministic:
+            return self._zero(self.mean.shape[0])
+        dims = self._dims("kl")
+        event_ndim = None if len(dims) == self.mean.dim() - 1 else 0
+        if other is None:
+            kl = self._packed(event_ndim).kl()
+        else:
+            logvar = torch.full_like(other.logvar, -math.inf) if other.deterministic else other.logvar
+            shape = torch.broadcast_shapes(self.mean.shape, other.mean.shape)  # type: ignore[no-untyped-call]
+            kl = kl_divergence(
+                self.mean.expand(shape),
+                self._x.expand(shape),
+                clamp=(-30.0, 20.0),
+                prior=(other.mean, logvar),
+                event_ndim=event_ndim,
+            )
+        return kl if event_ndim is None else kl.sum(dims)
+
+    def nll(self, sample: Tensor, dims: Any = None) -> Tensor:
+        """-log N(sample; mean, var), summed over dims, by default those of kl; plain torch."""
+        if self.deterministic:
+            return self._zero(self.mean.shape[0])
+        wide = accumulate_dtype(self.mean.dtype)
+        logvar = self.logvar.to(wide)
+        squares = (sample.to(wide) - self.mean.to(wide)) ** 2 * torch.exp(-logvar)
+        return 0.5 * torch.sum(
+            math.log(2 * math.pi) + logvar + squares, dim=self._dims("nll") if dims is None else tuple(dims)
+        )
+
+
+class OobleckDiagonalGaussianDistribution(Posterior):
+    """The posterior of diffusers' audio autoencoder (Oobleck), whose second half gives std by a softplus.
+
+        z = mean + std * noise,  std = softplus(scale) + 1e-4
+
+    The whole surface of diffusers' class: parameters, mean, scale, std, var, logvar, deterministic, sample, kl, mode.
+
+    Args:
+        parameters, chunk_dim, noise: as for DiagonalGaussianDistribution.
+        deterministic: see mend_quirks.
+        mend_quirks: False keeps theirs: kl is twice the divergence, kl(other) adds log(var / other.var) where the
+            divergence subtracts it, and a deterministic posterior still samples and has torch.zeros(1) for its kl. True
+            gives the divergence in nats, and the mean for a deterministic sample. Either way kl sums the channels and
+            takes the mean of the rest.
+
+    Raises:
+        TypeError, ValueError: as DiagonalGaussianDistribution.
+
+    Source:
+        Evans et al., "Stable Audio Open", 2024.
+
+    Example:
+        >>> import torch
+        >>> from reparam_kernels.integrations.diffusers import OobleckDiagonalGaussianDistribution
+        >>> posterior = OobleckDiagonalGaussianDistribution(torch.zeros(2, 8, 16), noise="philox")
+        >>> posterior.sample(seed=7).shape, posterior.kl()
+        (torch.Size([2, 4, 16]), tensor(0.8533))
+    """
+
+    @property
+    def scale(self) -> Tensor:
+        return self._x
+
+    @lazy_property
+    def std(self) -> Tensor:
+        return softplus(self._x) + 1e-4
+
+    @lazy_property
+    def var(self) -> Tensor:
+        return self.std * self.std
+
+    @lazy_property
+    def logvar(self) -> Tensor:
+        return torch.log(self.var)
+
+    def _packed(self, event_ndim: int | None = None) -> DiagonalGaussian:
+        return DiagonalGaussian.from_moments(
+            self.parameters, self.chunk_dim, param="softplus", min_std=1e-4, event_ndim=event_ndim
+        )
+
+    def _mean_only(self) -> bool:
+        return self.deterministic and self.mend_quirks
+
+    def kl(self, other: Any = None) -> Tensor:
+        """The divergence from N(0, I) or other, one of this class or of theirs; a scalar."""
+        if self.deterministic:
+            return self._zero()
+        places = self.mean.numel() // self.mean.shape[self.chunk_dim]
+        if other is None:
+            kl = self._packed().kl().sum() / places
+            return kl if self.mend_quirks else 2 * kl
+        shape = torch.broadcast_shapes(self.mean.shape, other.mean.shape)  # type: ignore[no-untyped-call]
+        kl = kl_divergence(
+            self.mean.expand(shape),
+            self._x.expand(shape),
+            prior=(other.mean, other.scale),
+            param="softplus",
+            min_std=1e-4,
+        )
+        kl = kl.sum() / places
+        if self.mend_quirks:
+            return kl
+        log_std, log_std_p = (torch.log(softplus(x.to(kl.dtype)) + 1e-4) for x in (self._x, other.scale))
+        twist: Tensor = (log_std - log_std_p).sum(self.chunk_dim).mean()
+        return 2 * kl + 4 * twist  # the log of var / other.var, its sign the wrong way round
+
+
+def randn(shape: torch.Size, generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """torch.randn on the generator's device, as diffusers' randn_tensor: a list draws one item with each."""
+    if isinstance(generator, (list, tuple)):
+        if len(generator) == 1:
+            generator = generator[0]
+        else:
+            enough(generator, shape[0])
+            items = [randn(torch.Size((1, *shape[1:])), g, device, dtype) for g in generator[: shape[0]]]
+            return torch.cat(items)
+    return torch.randn(shape, generator=generator, device=drawn_on(generator, device), dtype=dtype).to(device)
+
+
+def item_seeds(count: int, generator: Generators, device: torch.device) -> Tensor:
+    """One seed for each item: from one generator, or each from its own."""
+    if isinstance(generator, (list, tuple)):
+        if len(generator) == 1:
+            generator = generator[0]
+        else:
+            enough(generator, count)
+            return torch.cat([item_seeds(1, g, device) for g in generator[:count]])
+    at = drawn_on(generator, device)
+    return torch.randint(2**63 - 1, (count,), generator=generator, device=at).to(device)
+
+
+def drawn_on(generator: torch.Generator | None, device: torch.device) -> torch.device:
+    """The tensor's device, or the CPU where the generator is a CPU's."""
+    if generator is None or generator.device.type == device.type:
+        return device
+    if generator.device.type != "cpu":
+        checks.fail(
+            ValueError,
+            "sample",
+            f"a generator must be on {device} or on the CPU",
+            str(generator.device),
+            "Make it with torch.Generator(device).",
+        )
+    return generator.device
+
+
+def enough(generators: Any, count: int) -> None:
+    if len(generators) < count:
+        checks.fail(
+            ValueError,
+            "sample",
+            f"a list must have a generator for each of the {count} items",
+            f"{len(generators)}",
+            "Give one for each, or one for all.",
+        )
+
+
+def patch(noise: str = "torch", mend_quirks: bool = False) -> Patch:
+    """Rebind diffusers' two posteriors to these, in every module of diffusers that has them.
+
+    Args:
+        noise, mend_quirks: as for DiagonalGaussianDistribution; by default every image and every quirk stays.
+
+    Returns:
+        A Patch: `rebound` lists the names (they are logged too); `restore()`, or leaving `with`, puts them back.
+
+    Raises:
+        ModuleNotFoundError, RuntimeError: diffusers is not there, not of a version that this was tested with, or
+            patched already.
+
+    Example:
+        >>> import reparam_kernels as rk
+        >>> with rk.integrations.diffusers.patch() as patched:  # doctest: +SKIP
+        ...     posterior = vae.encode(image).latent_dist
+    """
+    require("diffusers", "diffusers", KNOWN)
+    from diffusers.models.autoencoders import autoencoder_oobleck, vae
+
+    def with_options(ours: type[Posterior]) -> type:
+        class Bound(ours):  # type: ignore[misc, valid-type]
+            def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
+                super().__init__(parameters, deterministic, noise=noise, mend_quirks=mend_quirks)
+
+        Bound.__name__ = Bound.__qualname__ = ours.__name__
+        return Bound
+
+    return Patch(
+        "diffusers",
+        {
+            vae.DiagonalGaussianDistribution: with_options(DiagonalGaussianDistribution),
+            autoencoder_oobleck.OobleckDiagonalGaussianDistribution: with_options(OobleckDiagonalGaussianDistribution),
+        },
+    )

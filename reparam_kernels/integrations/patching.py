@@ -1,0 +1,75 @@
+"""Rebinds classes in every loaded module of a package, says which, and puts them back."""
+
+import logging
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from .. import checks
+
+log = logging.getLogger(__name__)
+_patched: set[str] = set()
+
+
+class Patch:
+    """What a patch() did: `rebound` lists the names; `restore()`, or leaving the with block, puts them back.
+
+    Modules that the package loads while the patch holds are put back with the rest. Names that your own modules have
+    already imported are yours and stay as they are.
+    """
+
+    def __init__(self, module: str, swaps: dict[type, type]) -> None:
+        if module in _patched:
+            checks.fail(
+                RuntimeError,
+                f"integrations.{module}.patch",
+                f"{module} must not be patched already",
+                "a second patch",
+                "Call restore() on the first.",
+            )
+        self._module, self._swaps = module, swaps
+        _patched.add(module)
+        self.rebound = self._rebind(swaps)
+        log.warning("%s", self)
+
+    def _rebind(self, swaps: dict[type, type]) -> tuple[str, ...]:
+        found = []
+        for name, module in sorted(sys.modules.items()):
+            if name.partition(".")[0] == self._module:
+                for key, value in list(vars(module).items()):
+                    if isinstance(value, type) and value in swaps:
+                        setattr(module, key, swaps[value])
+                        found.append(f"{name}.{key}")
+        return tuple(found)
+
+    def restore(self) -> None:
+        if self._swaps:
+            self._rebind({ours: theirs for theirs, ours in self._swaps.items()})
+            _patched.discard(self._module)
+            self._swaps = {}
+
+    def __enter__(self) -> "Patch":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.restore()
+
+    def __repr__(self) -> str:
+        return f"reparam_kernels rebound {', '.join(self.rebound)}"
+
+
+def require(package: str, module: str, known: tuple[str, ...]) -> None:
+    """`package`, imported as `module`, must be there in a version that its adapter was tested with."""
+    where = f"integrations.{module}.patch"
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        checks.fail(ModuleNotFoundError, where, f"{package} must be installed", "no such package", "Install it.")
+    if found not in known:
+        checks.fail(
+            RuntimeError,
+            where,
+            f"{package} must be a version that this adapter was tested with, {' or '.join(known)}",
+            found,
+            "Install that one, or use the adapter's class where your model is built.",
+        )

@@ -1,0 +1,317 @@
+"""What training loops write by hand around the KL, and get wrong: plain torch over the fused ops.
+
+kl is what rk.kl_divergence gives, or the second of what rk.reparameterize_kl gives: event_ndim=0 leaves it elementwise,
+the default sums it over all but the first dim.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .api import kl_divergence
+
+__all__ = [
+    "balanced_kl",
+    "capacity",
+    "capacity_loss",
+    "cyclical_beta",
+    "free_bits_after_mean",
+    "free_bits_per_dimension",
+    "free_bits_per_sample",
+    "linear_beta",
+    "masked_mean",
+]
+
+
+def free_bits_per_dimension(kl: Tensor, floor: float) -> Tensor:
+    """Each dimension's KL counts no less than `floor` nats, after the mean over the batch.
+
+        loss = sum_j max(floor, mean_b kl[b, j])
+
+    Args:
+        kl: (B, ...), elementwise, or summed over what makes one group (the pixels of a channel, say).
+        floor: nats for each dimension or group.
+
+    Returns:
+        A scalar. A dimension below the floor gets no gradient.
+
+    Raises:
+        ValueError: kl has no dim beside the batch's.
+
+    Source:
+        Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling, "Improved Variational Inference with Inverse
+        Autoregressive Flow", 2016.
+
+    Example:
+        >>> import torch, reparam_kernels as rk
+        >>> rk.losses.free_bits_per_dimension(torch.tensor([[0.1, 2.0], [0.3, 4.0]]), 0.5)
+        tensor(3.5000)
+    """
+    if kl.dim() < 2:
+        checks.fail(
+            ValueError,
+            "free_bits_per_dimension",
+            "kl must have the batch's dim and at least one more",
+            f"shape {tuple(kl.shape)}",
+            "Compute it with event_ndim=0.",
+        )
+    return kl.mean(0).clamp(min=floor).sum()
+
+
+def free_bits_per_sample(kl: Tensor, floor: float) -> Tensor:
+    """Each sample's KL counts no less than `floor` nats, before the mean over the batch.
+
+        loss = mean_b max(floor, kl[b])
+
+    Args:
+        kl: one value for each sample, of any shape: the default of rk.kl_divergence.
+        floor: nats for each sample.
+
+    Returns:
+        A scalar. A sample below the floor gets no gradient.
+
+    Raises:
+        Nothing of its own.
+
+    Source:
+        Hafner et al., "Learning Latent Dynamics for Planning from Pixels", 2019 (PlaNet).
+
+    Example:
+        >>> import torch, reparam_kernels as rk
+        >>> rk.losses.free_bits_per_sample(torch.tensor([1.0, 5.0]), 3.0)
+        tensor(4.)
+    """
+    return kl.clamp(min=floor).mean()
+
+
+def free_bits_after_mean(kl: Tensor, floor: float) -> Tensor:
+    """The batch's mean KL counts no less than `floor` nats: all samples get a gradient, or none.
+
+        loss = max(floor, mean_b kl[b])
+
+    Args:
+        kl: one value for each sample, of any shape; of one layer, where there are several.
+        floor: nats for the mean.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        Nothing of its own.
+
+    Source:
+        Hafner et al., "Dream to Control: Learning Behaviors by Latent Imagination", 2020 (Dreamer).
+
+    Example:
+        >>> import torch, reparam_kernels as rk
+        >>> rk.losses.free_bits_after_mean(torch.tensor([1.0, 3.0]), 3.0)
+        tensor(3.)
+    """
+    return kl.mean().clamp(min=floor)
+
+
+def balanced_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    prior: tuple[Tensor, Tensor],
+    *,
+    to_prior: float = 0.8,
+    to_posterior: float = 0.2,
+    floor: float = 0.0,
+    **options: Any,
+) -> Tensor:
+    """KL(q || p) that moves the learned prior and the posterior at different rates, either side detached in turn.
+
+        kl = to_prior max(floor, KL(sg(q) || p)) + to_posterior max(floor, KL(q || sg(p)))
+
+    Args:
+        mu, logvar, prior: as for rk.kl_divergence.
+        to_prior, to_posterior: the weights; DreamerV2 has 0.8 and 0.2; DreamerV3 has weights of its own and
+            floor=1.
+        floor: free nats for each of the values, before any mean.
+        options: event_ndim, param, min_std, clamp, as for rk.kl_divergence.
+
+    Returns:
+        kl, of the shape that rk.kl_divergence gives.
+
+    Raises:
+        TypeError, ValueError: as rk.kl_divergence.
+
+    Source:
+        Hafner, Lillicrap, Norouzi, Ba, "Mastering Atari with Discrete World Models", 2021 (DreamerV2);
+        Hafner, Pasukonis, Ba, Lillicrap, "Mastering Diverse Domains through World Models", 2023 (DreamerV3).
+
+    Example:
+        >>> import torch, reparam_kernels as rk
+        >>> mu, logvar = torch.ones(2, 3), torch.zeros(2, 3)
+        >>> rk.losses.balanced_kl(mu, logvar, prior=(torch.zeros(3), torch.zeros(3)))
+        tensor([1.5000, 1.5000])
+    """
+    held = tuple(t.detach() if isinstance(t, Tensor) else t for t in prior)
+    prior_side = kl_divergence(mu.detach(), logvar.detach(), prior=prior, **options)
+    posterior_side = kl_divergence(mu, logvar, prior=held, **options)  # type: ignore[arg-type]
+    return to_prior * prior_side.clamp(min=floor) + to_posterior * posterior_side.clamp(min=floor)
+
+
+def linear_beta(step: int, steps: int, beta: float = 1.0) -> float:
+    """The KL's weight, from 0 at step 0 to `beta` at `steps` and after.
+
+        weight = beta min(1, step / steps)
+
+    Args:
+        step: steps done.
+        steps: length of the warm-up, positive.
+        beta: the last weight.
+
+    Returns:
+        The weight, a float.
+
+    Raises:
+        ValueError: steps is not positive.
+
+    Source:
+        Bowman, Vilnis, Vinyals, Dai, Jozefowicz, Bengio, "Generating Sentences from a Continuous Space", 2016; the
+        weight beta is Higgins et al., "beta-VAE", 2017.
+
+    Example:
+        >>> import reparam_kernels as rk
+        >>> [rk.losses.linear_beta(step, 4) for step in (0, 1, 4, 9)]
+        [0.0, 0.25, 1.0, 1.0]
+    """
+    positive("linear_beta", "steps", steps)
+    return beta * min(1.0, step / steps)
+
+
+def cyclical_beta(step: int, steps: int, cycles: int = 4, ratio: float = 0.5, beta: float = 1.0) -> float:
+    """The KL's weight in `cycles` equal cycles: from 0 up to `beta` in the first `ratio` of each, then level.
+
+        weight = beta min(1, tau / ratio),  tau = (step mod (steps / cycles)) / (steps / cycles)
+
+    Args:
+        step: steps done.
+        steps: length of the training, positive; after it the weight is beta.
+        cycles: how many.
+        ratio: part of a cycle that rises, in (0, 1].
+        beta: the highest weight.
+
+    Returns:
+        The weight, a float.
+
+    Raises:
+        ValueError: steps, cycles or ratio is not positive.
+
+    Source:
+        Fu, Li, Liu, Gao, Celikyilmaz, Carin, "Cyclical Annealing Schedule: A Simple Approach to Mitigating KL
+        Vanishing", 2019.
+
+    Example:
+        >>> import reparam_kernels as rk
+        >>> [rk.losses.cyclical_beta(step, 8, cycles=2) for step in range(9)]
+        [0.0, 0.5, 1.0, 1.0, 0.0, 0.5, 1.0, 1.0, 1.0]
+    """
+    positive("cyclical_beta", "steps", steps)
+    positive("cyclical_beta", "cycles", cycles)
+    positive("cyclical_beta", "ratio", ratio)
+    if step >= steps:
+        return beta
+    tau = math.fmod(step * cycles, steps) / steps
+    return beta * min(1.0, tau / ratio)
+
+
+def capacity(step: int, steps: int, final: float) -> float:
+    """The capacity C in nats, from 0 at step 0 to `final` at `steps` and after, for capacity_loss.
+
+        C = final min(1, step / steps)
+
+    Args:
+        step: steps done.
+        steps: length of the rise, positive.
+        final: nats at its end.
+
+    Returns:
+        C, a float.
+
+    Raises:
+        ValueError: steps is not positive.
+
+    Source:
+        Burgess et al., "Understanding disentangling in beta-VAE", 2018.
+
+    Example:
+        >>> import reparam_kernels as rk
+        >>> [rk.losses.capacity(step, 100, 25.0) for step in (0, 50, 200)]
+        [0.0, 12.5, 25.0]
+    """
+    positive("capacity", "steps", steps)
+    return final * min(1.0, step / steps)
+
+
+def capacity_loss(kl: Tensor, nats: float, gamma: float) -> Tensor:
+    """The distance of the mean KL from a capacity; the mean comes first.
+
+        loss = gamma |mean_b kl[b] - nats|
+
+    Args:
+        kl: one value for each sample: the default of rk.kl_divergence.
+        nats: the capacity, as from `capacity`.
+        gamma: the weight; the paper has 1000.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        Nothing of its own.
+
+    Source:
+        Burgess et al., "Understanding disentangling in beta-VAE", 2018.
+
+    Example:
+        >>> import torch, reparam_kernels as rk
+        >>> rk.losses.capacity_loss(torch.tensor([1.0, 5.0]), 2.0, gamma=10.0)
+        tensor(10.)
+    """
+    return gamma * (kl.mean() - nats).abs()
+
+
+def masked_mean(kl: Tensor, mask: Tensor) -> Tensor:
+    """Sum over the unmasked places, divided by how many they are: the channels that share a mask add up.
+
+        loss = sum(kl mask) / sum(mask)
+
+    Args:
+        kl: elementwise, for example (B, C, T).
+        mask: ones and zeros, or weights, of kl's dims with size 1 where it is shared, for example (B, 1, T). Its own
+            elements are counted, so that every place of (B, T) counts once, whatever C is.
+
+    Returns:
+        A scalar; what is masked out, be it NaN, has no part in it.
+
+    Raises:
+        ValueError: the mask does not broadcast to kl.
+
+    Source:
+        Kim, Kong, Son, "Conditional Variational Autoencoder with Adversarial Learning for End-to-End Text-to-Speech",
+        2021 (VITS).
+
+    Example:
+        >>> import torch, reparam_kernels as rk
+        >>> rk.losses.masked_mean(torch.ones(2, 3, 4), torch.tensor([[[1, 1, 0, 0]], [[1, 0, 0, 0]]]))
+        tensor(3.)
+    """
+    if mask.dim() != kl.dim() or any(m not in (1, k) for m, k in zip(mask.shape, kl.shape, strict=True)):
+        checks.fail(
+            ValueError,
+            "masked_mean",
+            "mask must have the dims of kl, each of kl's size or 1",
+            f"kl {tuple(kl.shape)}, mask {tuple(mask.shape)}",
+            "Give it size 1 in the dims that share it, usually the channels.",
+        )
+    return torch.where(mask == 0, 0.0, kl * mask).sum() / mask.sum()
+
+
+def positive(where: str, name: str, value: float) -> None:
+    if not value > 0:
+        checks.fail(ValueError, where, f"{name} must be positive", str(value), "Pass a positive number.")
