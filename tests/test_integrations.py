@@ -274,6 +274,21 @@ def test_torch_noise_compiles_whole(cls):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__module__ + c.__name__)
+def test_philox_noise_and_kl_compile_whole(cls):
+    def step(parameters):
+        posterior = cls(parameters, noise="philox")
+        return posterior.sample(seed=7), posterior.kl()
+
+    parameters = moments((2, 8, 4, 4)).requires_grad_()
+    for got, want in zip(
+        torch.compile(step, fullgraph=True, backend="aot_eager")(parameters), step(parameters), strict=True
+    ):
+        assert torch.equal(got, want)
+        grads = (torch.autograd.grad(y.sum(), parameters, retain_graph=True)[0] for y in (got, want))
+        assert torch.equal(*grads)
+
+
 def test_philox_saves_nothing_but_the_parameters():
     saved = []
     parameters = moments((2, 8, 4, 4)).requires_grad_()
