@@ -42,6 +42,27 @@ def test_neon_has_the_bits_of_x86(tmp_path):
     assert neon == baseline
 
 
+@pytest.mark.arm
+def test_an_older_x86_gets_kernels_that_it_can_run(tmp_path):
+    """All three levels in one program, run by emulated CPUs without AVX, without AVX-512: no illegal instruction."""
+    assert shutil.which("qemu-x86_64"), "qemu-x86_64 must be installed (Debian: qemu-user)"
+    levels = {"baseline": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
+    compile_ = ["g++", *FLAGS, "-O3", "-Wno-psabi", f"-I{ROOT / 'csrc'}", "-c"]
+    objects = [str(tmp_path / f"{name}.o") for name in (*levels, "dispatch", "bits")]
+    for (name, march), target in zip(levels.items(), objects, strict=False):
+        flags = [f"-march={march}", f"-DREPARAM_ISA={name}", "-o", target]
+        subprocess.run([*compile_, *flags, str(ROOT / "csrc/kernels.cpp")], check=True)
+    for source, target in zip(("csrc/dispatch.cpp", "tests/cpp/bits.cpp"), objects[-2:], strict=True):
+        subprocess.run([*compile_, "-DREPARAM_X86_LEVELS", "-o", target, str(ROOT / source)], check=True)
+    program = str(tmp_path / "levels")
+    subprocess.run(["g++", "-static", *objects, "-o", program], check=True)
+    native = subprocess.run([program], check=True, capture_output=True).stdout
+    assert len(native) > 10**6
+    for cpu in ("Nehalem", "SandyBridge", "Haswell"):
+        emulated = subprocess.run(["qemu-x86_64", "-cpu", cpu, program], check=True, capture_output=True).stdout
+        assert emulated == native, cpu
+
+
 @pytest.mark.slow
 def test_a_compiler_without_openmp_builds_a_serial_extension(tmp_path):
     """setup.py itself, with a compiler that refuses -fopenmp; the kernels then run on one thread and say so."""
