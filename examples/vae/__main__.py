@@ -4,6 +4,8 @@ import argparse
 import csv
 from pathlib import Path
 
+import torch
+
 from . import pictures
 from .data import load
 from .model import IMPLS
@@ -31,6 +33,8 @@ def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     images = load(args.data)
+    if args.data is None:
+        torch.set_num_threads(1)  # the digits are small: a second thread would wait more than it works
     print(
         f"{len(images.train)} images to train on, {len(images.test)} held out, {images.height} x {images.width} pixels"
     )
