@@ -95,5 +95,5 @@ def test_peak_is_that_of_the_largest_moment():
     assert measure.peak_bytes(call, "cpu") == pytest.approx(2 * 4 << 16, rel=1e-3)  # and a few scalars
 
 
-def test_the_readme_s_table_is_the_committed_results():
-    assert subprocess.run([sys.executable, "-m", "bench.readme", "--check"], cwd=ROOT).returncode == 0
+def test_the_pages_tables_are_the_committed_results():
+    assert subprocess.run([sys.executable, "-m", "bench.pages", "--check"], cwd=ROOT).returncode == 0
