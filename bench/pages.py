@@ -103,7 +103,7 @@ def written(text: str) -> str:
 def main() -> None:
     stale = [page for page in PAGES if written(page.read_text()) != page.read_text()]
     if "--check" in sys.argv:
-        sys.exit(" ".join(page.name for page in stale))
+        sys.exit(" ".join(page.name for page in stale) or 0)
     for page in stale:
         page.write_text(written(page.read_text()))
 
