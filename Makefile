@@ -5,7 +5,7 @@ PIP_ARGS ?=
 RUN = $(VENV)/bin/python
 DEMO_ARGS ?= --impl both --epochs 150
 
-.PHONY: demo parity test test-slow lint clean
+.PHONY: demo parity test test-slow test-gpu-code lint clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m examples.vae $(DEMO_ARGS) --out out/vae
@@ -18,6 +18,9 @@ test: $(VENV)/.ready
 
 test-slow: $(VENV)/.ready
 	$(RUN) -m pytest -m slow
+
+test-gpu-code: $(VENV)/.ready
+	$(RUN) -m pytest tests/test_gpu_code.py -m 'gpu_code or not gpu_code'
 
 lint: $(VENV)/.ready
 	$(RUN) -m pip install -q $(PIP_ARGS) -e '.[lint]'

@@ -15,8 +15,9 @@ LOGVAR, LOGSTD, STD, SOFTPLUS = (tl.constexpr(i) for i in range(4))  # param
 # Where eps comes from: nowhere; the user; groups of four that start with each row; that start before it; or lane by
 # lane, where the samples of a row start at different places of a group.
 NONE, GIVEN, ALIGNED, LED, LANEWISE = (tl.constexpr(i) for i in range(5))
-# What the number of a program means: a block of rows; a chunk of the only row; a block of rows and a chunk.
-BY_ROWS, BY_CHUNKS, BY_BOTH = (tl.constexpr(i) for i in range(3))
+# What the number of a program means: a block of rows; a chunk of the only row; a block of rows and a chunk; the same
+# in a grid folded along y, where x cannot hold all programs.
+BY_ROWS, BY_CHUNKS, BY_BOTH, FOLDED = (tl.constexpr(i) for i in range(4))
 
 
 # ---- noise
@@ -347,15 +348,18 @@ def element(
 @triton.jit
 def tile(rows, chunks, ROWS: tl.constexpr, BLOCK: tl.constexpr, GRID: tl.constexpr):
     """A program's first row, its chunk of the columns, and the chunk's first column: 64 bits, once a program."""
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     if GRID == BY_ROWS:
-        return pid * ROWS, pid * 0, pid * 0
+        block, chunk = pid, 0 * pid
     elif GRID == BY_CHUNKS:
-        return pid * 0, pid, pid * BLOCK
+        block, chunk = 0 * pid, pid
+    elif GRID == BY_BOTH:
+        block, chunk = pid // chunks, pid % chunks
     else:
-        pid += tl.program_id(1).to(tl.int64) * tl.num_programs(0)
+        pid = pid.to(tl.int64) + tl.program_id(1).to(tl.int64) * tl.num_programs(0)
         pid = tl.minimum(pid, (rows + ROWS - 1).to(tl.int64) // ROWS * chunks - 1)  # a folded grid has a few too many
-        return pid // chunks * ROWS, pid % chunks, pid % chunks * BLOCK
+        block, chunk = pid // chunks, pid % chunks
+    return block.to(tl.int64) * ROWS, chunk.to(tl.int64), chunk.to(tl.int64) * BLOCK
 
 
 @triton.jit
@@ -447,7 +451,9 @@ def spot(
         at = tl.multiple_of(r * step, [VEC, VEC]) + p * col
         if INNER:  # a row of several runs of INNER columns, `outer` apart
             at += p // INNER * tl.multiple_of(outer - INNER * col, VEC)
-        return ptr + tl.multiple_of(row0 * step + first * col, VEC) + at
+        SIZE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+        base = ptr + tl.multiple_of(row0 * step + first * col, VEC)
+        return tl.multiple_of(base, min(VEC * SIZE, 16)) + at
 
 
 @triton.jit
@@ -489,7 +495,7 @@ def noise(
 ):
     """eps of one sample, a 64-bit number: the user's, or made here."""
     if NOISE == GIVEN:
-        at = spot(eps_ptr + sample * total, row0, r, first, p, 0, cols, 1, 1, False, 0, SHORT, VEC)
+        at = spot(eps_ptr + tl.multiple_of(sample * total, VEC), row0, r, first, p, 0, cols, 1, 1, False, 0, SHORT, VEC)
         return read(at, mask, WIDE)
     else:
         item, row = seed_of(row0 if ROWS == 1 else row0 + r, per_seed, SEEDS, SHORT)
@@ -520,6 +526,15 @@ def inner_sums(k, INNER: tl.constexpr, PER: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def spread(ptr, size, INNER: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr):
+    """The value of each run of INNER lanes, in all of its lanes."""
+    UNIT: tl.constexpr = VEC if INNER % VEC == 0 else 1
+    first = tl.arange(0, BLOCK // UNIT) * UNIT
+    value = tl.load(ptr + first // INNER, mask=first < size)
+    return tl.reshape(tl.broadcast_to(value[:, None], [BLOCK // UNIT, UNIT]), [1, BLOCK])
+
+
+@triton.jit
 def inside(x, LOW: tl.constexpr, HIGH: tl.constexpr):
     return (x >= tl.full((), LOW, x.dtype)) & (x <= tl.full((), HIGH, x.dtype))
 
@@ -533,7 +548,7 @@ def clamp(x, LOW: tl.constexpr, HIGH: tl.constexpr):
 # ---- kernels. A pointer that is None: absent, or not wanted.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "total"])
 def randn_kernel(
     out_ptr,
     seed_ptr,
@@ -562,7 +577,7 @@ def randn_kernel(
     write(spot(out_ptr, row0, r, first, p, 0, cols, 1, 1, False, 0, SHORT, VEC), eps, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "total"])
 def forward_kernel(
     mu_ptr,
     x_ptr,
@@ -599,6 +614,7 @@ def forward_kernel(
     CLAMP: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
+    NUMBERS: tl.constexpr,
     ELEMENTWISE: tl.constexpr,
     WIDE: tl.constexpr,
     NOISE: tl.constexpr,
@@ -631,7 +647,10 @@ def forward_kernel(
         x = clamp(x, LOW, HIGH)
     mu_p = mu
     x_p = x
-    if PRIOR:
+    if PRIOR and NUMBERS:
+        mu_p = read(mu_p_ptr, None, WIDE)
+        x_p = read(x_p_ptr, None, WIDE)
+    elif PRIOR:
         mu_p_at = spot(mu_p_ptr, row0, r, first, p, mu_p_outer, mu_p_step, mu_p_col, nest, NEST, SKIP, SHORT, VEC)
         x_p_at = spot(x_p_ptr, row0, r, first, p, x_p_outer, x_p_step, x_p_col, nest, NEST, SKIP, SHORT, VEC)
         mu_p = read(mu_p_at, mask, WIDE)
@@ -657,11 +676,13 @@ def forward_kernel(
                 NOISE, SEEDS, NEAR, NVIDIA, SHORT, VEC, ROWS, BLOCK, WIDE,
             )  # fmt: skip
             z = sigma * eps + mu if WIDE else tl.fma(sigma, eps, mu)
-            z_at = spot(z_ptr + sample * total, row0, r, first, p, 0, cols, 1, 1, False, 0, SHORT, VEC)
+            z_at = spot(
+                z_ptr + tl.multiple_of(sample * total, VEC), row0, r, first, p, 0, cols, 1, 1, False, 0, SHORT, VEC
+            )
             write(z_at, z, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "total"])
 def backward_kernel(
     mu_ptr,
     x_ptr,
@@ -709,6 +730,7 @@ def backward_kernel(
     CLAMP: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
+    NUMBERS: tl.constexpr,
     ELEMENTWISE: tl.constexpr,
     WIDE: tl.constexpr,
     NOISE: tl.constexpr,
@@ -742,7 +764,10 @@ def backward_kernel(
         x = clamp(raw, LOW, HIGH)
     mu_p = mu
     x_p = x
-    if PRIOR:
+    if PRIOR and NUMBERS:
+        mu_p = read(mu_p_ptr, None, WIDE)
+        x_p = read(x_p_ptr, None, WIDE)
+    elif PRIOR:
         mu_p_at = spot(mu_p_ptr, row0, r, first, p, mu_p_outer, mu_p_step, mu_p_col, nest, NEST, SKIP, SHORT, VEC)
         x_p_at = spot(x_p_ptr, row0, r, first, p, x_p_outer, x_p_step, x_p_col, nest, NEST, SKIP, SHORT, VEC)
         mu_p = read(mu_p_at, mask, WIDE)
@@ -771,7 +796,7 @@ def backward_kernel(
         if ELEMENTWISE:
             dkl = read(spot(dkl_ptr, row0, r, first, p, 0, cols, 1, 1, False, 0, SHORT, VEC), mask, WIDE)
         elif INNER:
-            dkl = tl.load(dkl_ptr + row0 * PER + p // INNER, mask=mask)
+            dkl = spread(dkl_ptr + row0 * PER, tl.minimum(cols, total - row0 * cols).to(tl.int32), INNER, VEC, BLOCK)
         else:
             of, _ = divided(row0 + r, per_kl, SHORT)
             dkl = tl.load(dkl_ptr + of, mask=row_mask)

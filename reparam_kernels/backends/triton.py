@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import PARAMS
 from ..spec import Call, Spec, accumulate_dtype, expanded_prior, prior_gradient, unpacked
 from . import kernels
-from .kernels import ALIGNED, BY_BOTH, BY_CHUNKS, BY_ROWS, GIVEN, LANEWISE, LED, NONE
+from .kernels import ALIGNED, BY_BOTH, BY_CHUNKS, BY_ROWS, FOLDED, GIVEN, LANEWISE, LED, NONE
 
 LIMIT = 2**31 - 1  # programs along x; y and z hold only 65535
 
@@ -110,11 +110,12 @@ class Table(NamedTuple):
 
     lanes: int  # a program
     lanes_wide: int  # in float64
-    share: int  # lanes of a warp
+    warps: int
+    registers: int | None  # a thread of the plain forward kernel in half precision, at most; the others keep below
 
 
-CUDA = Table(2048, 512, 512)
-HIP = Table(2048, 512, 1024)
+CUDA = Table(2048, 512, 4, 88)
+HIP = Table(2048, 512, 4, None)
 
 
 class Plan(NamedTuple):
@@ -134,17 +135,28 @@ def kind() -> str:
     return "hip" if torch.version.hip else "cuda" if torch.version.cuda else "other"
 
 
-def table_of(dtype: torch.dtype) -> tuple[int, int]:
-    """Lanes of a program, and lanes of a warp's share."""
-    table = HIP if kind() == "hip" else CUDA
-    return table.lanes_wide if dtype == torch.float64 else table.lanes, table.share
+def table() -> Table:
+    return HIP if kind() == "hip" else CUDA
+
+
+def lanes_of(dtype: torch.dtype) -> int:
+    return table().lanes_wide if dtype == torch.float64 else table().lanes
 
 
 def plan(
-    layout: Layout, noise: int, samples: int, seeds: int, also: Sequence[Tensor | None], apart: int, dtype: torch.dtype
+    layout: Layout,
+    noise: int,
+    lanes: int,
+    samples: int,
+    seeds: int,
+    also: Sequence[Tensor | None],
+    apart: int,
+    dtype: torch.dtype,
 ) -> Plan:
     """also: more tensors that the lanes visit, row-major; apart: the stride between the samples of dz."""
-    lanes, share = table_of(dtype)
+    warps = table().warps
+    if noise == LANEWISE.value:
+        lanes = min(lanes, table().lanes // 4)
     led = noise == LED.value
     used = layout.cols + 3 * led
     block = max(triton.next_power_of_2(used), 4)
@@ -154,7 +166,7 @@ def plan(
     blocks = triton.cdiv(layout.rows, rows)
     folded = blocks * chunks > LIMIT
     exact = layout.rows * layout.cols == layout.n and blocks * rows == layout.rows and chunks * block == layout.cols
-    by = BY_BOTH if folded or (chunks > 1 and layout.rows > 1) else BY_ROWS if chunks == 1 else BY_CHUNKS
+    by = FOLDED if folded else BY_ROWS if chunks == 1 else BY_CHUNKS if layout.rows == 1 else BY_BOTH
     reach = [abs(o.step) * rows + abs(o.col) * block + abs(o.outer) * max(layout.per, 1) for o in layout.operands]
     constants = {
         "NOISE": noise,
@@ -167,7 +179,7 @@ def plan(
         "GRID": int(by.value),
         "ROWS": rows,
         "BLOCK": block,
-        "num_warps": min(max(rows * block // share, 1), 4),
+        "num_warps": max(rows * block * warps // lanes, 1),
         "enable_fp_fusion": False,  # rounding is part of the contract
     }
     grid = (2**30, triton.cdiv(blocks * chunks, 2**30)) if folded else (blocks * chunks,)
@@ -231,7 +243,7 @@ def randn(out: Tensor, seed: Tensor) -> None:
         return
     n, seeds = out.numel(), seed.numel()
     layout = Layout(n, [], n // seeds, None)
-    cut = plan(layout, ALIGNED.value, 1, seeds, [out], 0, out.dtype)
+    cut = plan(layout, ALIGNED.value, lanes_of(torch.float32), 1, seeds, [out], 0, out.dtype)
     with on(out.device):
         kernels.randn_kernel[cut.grid](out, seed, layout.rows, layout.cols, cut.chunks, n, **cut.constants)
 
@@ -249,10 +261,15 @@ def cut(
     n, samples = mu.numel(), math.prod(call.spec.sample_shape)
     seeds = call.seed.numel() if call.seed is not None and noisy else 1
     layout = Layout(n, tensors, n // seeds, None if kls is None else n // kls)
+    lanes = lanes_of(mu.dtype)
+    if call.spec.param == "softplus" and call.mu_p is not None:
+        lanes //= 2  # or registers spill
     short = kls == layout.rows > 1 and layout.nest == 1 and seeds == 1
     if short and (not noisy or call.eps is not None or samples == 1 or n % 4 == 0):
-        layout.merge(table_of(mu.dtype)[0])
-    return plan(layout, noise_mode(layout, seeds, samples, call, noisy), samples, seeds, also, apart, mu.dtype)
+        layout.merge(lanes)
+    found = plan(layout, noise_mode(layout, seeds, samples, call, noisy), lanes, samples, seeds, also, apart, mu.dtype)
+    found.constants["NUMBERS"] = all(t is not None and t.numel() == 1 for t in (call.mu_p, call.x_p))
+    return found
 
 
 def forward(call: Call) -> tuple[Tensor | None, Tensor | None]:
@@ -272,6 +289,9 @@ def forward(call: Call) -> tuple[Tensor | None, Tensor | None]:
     layout = found.layout
     parts = 1 if kl is None or kls is None or layout.inner else layout.rows * found.chunks // kls
     target = kl if kl is None or parts == 1 else kl.new_empty(layout.rows * found.chunks)
+    plain = call.mu_p is None and spec.param in ("logvar", "logstd") and z is not None
+    if plain and mu.dtype.itemsize == 2 and found.constants["VEC"] == 8 and kind() == "cuda":
+        found.constants["maxnreg"] = table().registers
     with on(mu.device):
         kernels.forward_kernel[found.grid](
             *(o.tensor for o in layout.operands),
