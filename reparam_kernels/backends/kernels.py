@@ -548,6 +548,19 @@ def clamp(x, LOW: tl.constexpr, HIGH: tl.constexpr):
 # ---- kernels. A pointer that is None: absent, or not wanted.
 
 
+@triton.jit
+def words_kernel(out_ptr, at_ptr, count, BLOCK: tl.constexpr):
+    """The words of `count` counters [count, 4], from (seed, first counter): for the self-test."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    group = (tl.load(at_ptr + 1) + i).to(tl.uint64)
+    low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
+    x0, x1, x2, x3 = philox4x32_10(tl.load(at_ptr), low, high)
+    tl.store(out_ptr + 4 * i, x0.to(tl.int64), mask=i < count)
+    tl.store(out_ptr + 4 * i + 1, x1.to(tl.int64), mask=i < count)
+    tl.store(out_ptr + 4 * i + 2, x2.to(tl.int64), mask=i < count)
+    tl.store(out_ptr + 4 * i + 3, x3.to(tl.int64), mask=i < count)
+
+
 @triton.jit(do_not_specialize=["rows", "total"])
 def randn_kernel(
     out_ptr,
