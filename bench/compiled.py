@@ -115,9 +115,17 @@ def tool(name: str, *args: str) -> str:
     return subprocess.run([folder / name, *args], capture_output=True, text=True, check=True).stdout
 
 
-def hot_path(lines: list[tuple[int, str]]) -> list[str]:
-    """The kernel's instructions without padding, subroutines, and the blocks that call them."""
+def hot_path(lines: list[tuple[int, str]], guarded_loops: bool = False) -> list[str]:
+    """The kernel's instructions without padding, subroutines, and the blocks that call them.
+
+    guarded_loops: and without loops behind a branch, which is where sin and cos reduce arguments beyond 100000.
+    """
     aim = {a: int(m[1], 16) for a, t in lines if (m := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", t))}
+    for a, to in list(aim.items()) if guarded_loops else []:
+        around = [(aim[b] - b, b) for b in aim if b < to < a < aim[b]]
+        if to < a and around:
+            _, b = min(around)
+            lines = [(at, t) for at, t in lines if not b < at < aim[b]]
     end = next((i for i, (a, _) in enumerate(lines) if aim.get(a) == a), len(lines))  # the closing jump to itself
     lines = lines[:end]
     starts = set(aim.values())
@@ -139,6 +147,7 @@ def hot_path(lines: list[tuple[int, str]]) -> list[str]:
 
 
 KINDS = {
+    "packed": r"F(ADD|MUL|FMA)2",  # two float32 operations
     "float": r"F(ADD|MUL|FMA|MNMX|SEL|SETP|CHK|SWZADD)|DADD|DMUL|DFMA|DSETP|DMNMX",
     "half": r"H(ADD|MUL|FMA|SETP)2",
     "multiply": r"IMAD\.(WIDE|HI)|UIMAD\.WIDE",
@@ -153,13 +162,18 @@ def kind(op: str) -> str:
     return next((name for name, pattern in KINDS.items() if re.match(pattern, op)), "integer")
 
 
-def sass(launch: Launch, elements: int) -> Census:
+def disassembled(launch: Launch) -> tuple[list[tuple[int, str]], str]:
+    """Addresses and instructions, and what the kernel uses of the machine."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(launch.code.asm["cubin"])
         text, usage = tool("cuobjdump", "-sass", str(file)), tool("cuobjdump", "-res-usage", str(file))
-    lines = [(int(a, 16), t) for a, t in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", text, re.M)]
-    hot = hot_path(lines)
+    return [(int(a, 16), t) for a, t in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", text, re.M)], usage
+
+
+def sass(launch: Launch, elements: int) -> Census:
+    lines, usage = disassembled(launch)
+    hot = hot_path(lines, guarded_loops=not launch.args)  # our kernels have no such loops, and loops over samples
     ops = [re.sub(r"^@!?U?P\w+\s+", "", t).split()[0] for t in hot]
     threads = launch.constants["num_warps"] * 32
     share = elements / (threads * programs(launch))

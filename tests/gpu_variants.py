@@ -4,14 +4,18 @@ A process of its own, since the interpreter that the other tests run in cannot c
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 
 import reparam_kernels as rk
+from reparam_kernels.backends.kernels import root
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -97,6 +101,50 @@ def counts(variants: Iterator[Variant], target: str) -> list[dict]:
     return found
 
 
+@triton.jit
+def root_kernel(x_ptr, y_ptr, INLINE: tl.constexpr):
+    i = tl.arange(0, 128)
+    tl.store(y_ptr + i, root(tl.load(x_ptr + i), INLINE))
+
+
+def formula(lines) -> str:
+    """What SASS stores, as an expression of what it loads."""
+    value, stored = {}, ""
+    for line in lines:
+        op, *operands = re.sub(r"^@!?U?P\w+\s+", "", line).replace(".reuse", "").replace(",", " ").split()
+        op = op.removesuffix(".FTZ")
+
+        def product(a, b):
+            sign = "-" * ((a.startswith("-") + b.startswith("-")) % 2)
+            return sign + "*".join(sorted(value.get(r.lstrip("-"), r.lstrip("-")) for r in (a, b)))
+
+        if op.startswith("LDG"):
+            value[operands[0]] = "x"
+        elif op == "MUFU.RSQ":
+            value[operands[0]] = f"rsq({value[operands[1]]})"
+        elif op == "FMUL":
+            value[operands[0]] = f"({product(*operands[1:])})"
+        elif op == "FFMA":
+            value[operands[0]] = f"fma({product(*operands[1:3])}, {value.get(operands[3], operands[3])})"
+        elif op.startswith("STG"):
+            stored = value.get(operands[-1], operands[-1])
+    return stored
+
+
+def roots(target: str) -> list[str]:
+    """The square root as the kernels write it, and as ptxas does."""
+    from bench.compiled import compiling, disassembled, hot_path
+
+    found = []
+    for inline in (True, False):
+        with compiling(target) as launches:
+            root_kernel[(1,)](torch.zeros(128), torch.zeros(128), INLINE=inline, num_warps=4, enable_fp_fusion=False)
+        found.append(formula(hot_path(disassembled(launches[0])[0])))
+    return found
+
+
 if __name__ == "__main__":
     which, target = sys.argv[1:]
-    json.dump(counts({"main": main, "every": every}[which](), target), sys.stdout)
+    json.dump(
+        roots(target) if which == "roots" else counts({"main": main, "every": every}[which](), target), sys.stdout
+    )

@@ -140,6 +140,22 @@ def test_every_kernel_keeps_its_budgets(target):
     gate("every", target)
 
 
+def same_root(target):
+    ours, theirs = json.loads(counts("roots", target).communicate()[0])
+    assert ours == theirs
+    assert ours == "fma((0.5*rsq(x))*fma(-(rsq(x)*x)*(rsq(x)*x), x), (rsq(x)*x))"
+
+
+def test_the_square_root_is_what_ptxas_makes_of_a_correctly_rounded_one():
+    same_root("sm_90")
+
+
+@pytest.mark.gpu_code
+@pytest.mark.parametrize("target", ["sm_80", "sm_100"])
+def test_the_square_root_is_that_on_every_nvidia_target(target):
+    same_root(target)
+
+
 def test_every_budget_is_of_a_kernel_that_is_compiled():
     compiled = {(count["variant"], count["kernel"]) for count in found("main", "sm_90")}
     budgets = {(name, kernel) for name, kernel in BUDGET if name.startswith(("noise", "latent", "kl alone"))}
