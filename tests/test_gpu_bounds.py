@@ -5,6 +5,7 @@ owns, at an element of it; stores are counted. A wide margin of poison lies arou
 """
 
 import math
+import mmap
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from triton.runtime import interpreter
 
 import reparam_kernels as rk
+from reparam_kernels.backends import triton as launcher
 from tests.conftest import forget, use_backend
 
 MARGIN = 4096  # elements of poison on either side of an input
@@ -142,6 +144,38 @@ def test_no_rows_launch_nothing(watched):
     assert z.shape == (0, 5)
     assert kl.shape == (0,)
     assert watched[0] == {"reads": [], "writes": []}
+
+
+@pytest.mark.parametrize("shape", [(37, 20), (3, 2100), (5000,), (4, 3, 5)], ids=str)
+def test_a_folded_grid_computes_the_same(monkeypatch, shape):
+    """As where x cannot hold all programs, with a small limit."""
+    use_backend(monkeypatch, "triton")
+    mu, x = (fenced(shape, torch.float32, seed=i).requires_grad_() for i in range(2))
+    seed = torch.arange(shape[0]) if len(shape) == 3 else torch.tensor([7])
+
+    def run():
+        z, kl = rk.reparameterize_kl(mu, x, seed=seed)
+        return z, kl, *torch.autograd.grad((z, kl), (mu, x), (z.detach(), kl.detach()))
+
+    plain = run()
+    monkeypatch.setattr(launcher, "LIMIT", 0)
+    monkeypatch.setattr(launcher, "FOLD", 4)
+    for got, want in zip(run(), plain, strict=True):
+        assert torch.equal(got, want)
+    forget()
+
+
+def test_rows_that_lie_more_than_2_to_the_31_apart(watched):
+    """Pages of a mapping that are not touched take no memory."""
+    apart = 2**30
+    held = torch.frombuffer(mmap.mmap(-1, 4 * (2 * apart + 20)), dtype=torch.float32)
+    mu = held.as_strided((3, 20), (apart, 1))
+    mu.copy_(torch.randn(3, 20))
+    x = torch.randn(3, 20)
+    z, kl = rk.reparameterize_kl(mu, x, seed=5)
+    same = rk.reparameterize_kl(mu.clone(), x, seed=5)
+    assert torch.equal(z, same[0])
+    assert torch.equal(kl, same[1])
 
 
 @pytest.mark.slow

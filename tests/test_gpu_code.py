@@ -15,7 +15,7 @@ import pytest
 MAIN = ["sm_90", "gfx942"]
 EVERY = ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"]
 
-# (instructions an element, registers), at most, on sm_90. Other NVIDIA targets get SLACK of the instructions.
+# (instructions an element, registers), at most, on sm_90. Other NVIDIA targets get SLACK on both.
 BUDGET = {
     ("noise float32", "randn_kernel"): (35, 48),
     ("noise bfloat16", "randn_kernel"): (37, 48),
@@ -40,7 +40,7 @@ BUDGET = {
     ("packed channels bfloat16", "forward_kernel"): (68, 88),
     ("packed channels bfloat16", "backward_kernel"): (70, 88),
 }
-SLACK = {"sm_80": 1.08, "sm_90": 1.0, "sm_100": 1.08}
+SLACK = {"sm_80": 1.2, "sm_90": 1.0, "sm_100": 1.2}
 # AMD: instructions an element and vector registers; sqrt takes it some twenty instructions more a pair.
 BUDGET_AMD = {"noise": (60, 96), "latent": (110, 128), "kl alone": (50, 96), "latent, prior": (160, 192)}
 
@@ -93,6 +93,7 @@ def failures(count):
             count["instructions"] <= most * slack,
             f"at most {most * slack:.0f} instructions an element; got {count['instructions']:.1f}",
         )
+        registers = int(registers * slack)
         expect(count["registers"] <= registers, f"at most {registers} registers; got {count['registers']}")
     size = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}[name.rsplit(" ", 1)[1]]
     if count["vector"] == 16 // size and kernel != "row_sum_kernel":

@@ -15,6 +15,7 @@ from . import kernels
 from .kernels import ALIGNED, BY_BOTH, BY_CHUNKS, BY_ROWS, FOLDED, GIVEN, LANEWISE, LED, NONE
 
 LIMIT = 2**31 - 1  # programs along x; y and z hold only 65535
+FOLD = 2**30  # programs along x of a grid with more
 
 
 class Rows(NamedTuple):
@@ -182,7 +183,7 @@ def plan(
         "num_warps": max(rows * block * warps // lanes, 1),
         "enable_fp_fusion": False,  # rounding is part of the contract
     }
-    grid = (2**30, triton.cdiv(blocks * chunks, 2**30)) if folded else (blocks * chunks,)
+    grid = (FOLD, triton.cdiv(blocks * chunks, FOLD)) if folded else (blocks * chunks,)
     return Plan(layout, grid, chunks, layout.rows // seeds, constants)
 
 
@@ -262,7 +263,7 @@ def cut(
     seeds = call.seed.numel() if call.seed is not None and noisy else 1
     layout = Layout(n, tensors, n // seeds, None if kls is None else n // kls)
     lanes = lanes_of(mu.dtype)
-    if call.spec.param == "softplus" and call.mu_p is not None:
+    if call.spec.param == "softplus" and call.mu_p is not None and kind() != "hip":
         lanes //= 2  # or registers spill
     short = kls == layout.rows > 1 and layout.nest == 1 and seeds == 1
     if short and (not noisy or call.eps is not None or samples == 1 or n % 4 == 0):
@@ -290,7 +291,8 @@ def forward(call: Call) -> tuple[Tensor | None, Tensor | None]:
     parts = 1 if kl is None or kls is None or layout.inner else layout.rows * found.chunks // kls
     target = kl if kl is None or parts == 1 else kl.new_empty(layout.rows * found.chunks)
     plain = call.mu_p is None and spec.param in ("logvar", "logstd") and z is not None
-    if plain and mu.dtype.itemsize == 2 and found.constants["VEC"] == 8 and kind() == "cuda":
+    plain = plain and found.constants["VEC"] == 8 and not found.constants["SEEDS"]
+    if plain and mu.dtype.itemsize == 2 and kind() == "cuda":
         found.constants["maxnreg"] = table().registers
     with on(mu.device):
         kernels.forward_kernel[found.grid](
