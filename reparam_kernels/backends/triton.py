@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,15 @@ def runs(t: Tensor) -> Run:
     return Run(t, t.numel(), 0, levels[0][1] if levels else 0)
 
 
+def cdiv(a: int, b: int) -> int:  # Triton's own take microseconds
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 class Layout:
     """Rows short enough that each lies in one run of every operand, under one seed, and in one KL."""
 
@@ -82,7 +92,7 @@ class Layout:
         self.inner, self.per = self.cols, per
         self.operands = [Rows(o.tensor, o.step, o.step * per, o.col) for o in self.operands]
         self.skip = any(o.outer != self.inner * o.col for o in self.operands if o.tensor is not None)
-        self.rows, self.cols = triton.cdiv(self.rows, per), self.cols * per
+        self.rows, self.cols = cdiv(self.rows, per), self.cols * per
 
     def _rows(self, run: Run, n: int) -> Rows:
         step = self.cols * run.col
@@ -160,11 +170,11 @@ def plan(
         lanes = min(lanes, table().lanes // 4)
     led = noise == LED.value
     used = layout.cols + 3 * led
-    block = max(triton.next_power_of_2(used), 4)
+    block = max(power_of_2(used), 4)
     if block > lanes:  # the widest of the blocks that waste the fewest lanes
-        block = min((lanes, lanes // 2, lanes // 4), key=lambda b: triton.cdiv(used, b) * b)
-    rows, chunks = max(min(lanes // block, triton.next_power_of_2(layout.rows)), 1), triton.cdiv(used, block)
-    blocks = triton.cdiv(layout.rows, rows)
+        block = min((lanes, lanes // 2, lanes // 4), key=lambda b: cdiv(used, b) * b)
+    rows, chunks = max(min(lanes // block, power_of_2(layout.rows)), 1), cdiv(used, block)
+    blocks = cdiv(layout.rows, rows)
     folded = blocks * chunks > LIMIT
     exact = layout.rows * layout.cols == layout.n and blocks * rows == layout.rows and chunks * block == layout.cols
     by = FOLDED if folded else BY_ROWS if chunks == 1 else BY_CHUNKS if layout.rows == 1 else BY_BOTH
@@ -183,7 +193,7 @@ def plan(
         "num_warps": max(rows * block * warps // lanes, 1),
         "enable_fp_fusion": False,  # rounding is part of the contract
     }
-    grid = (FOLD, triton.cdiv(blocks * chunks, FOLD)) if folded else (blocks * chunks,)
+    grid = (FOLD, cdiv(blocks * chunks, FOLD)) if folded else (blocks * chunks,)
     return Plan(layout, grid, chunks, layout.rows // seeds, constants)
 
 
@@ -202,6 +212,7 @@ def vector(layout: Layout, also: Sequence[Tensor | None], apart: int, itemsize: 
     return vec
 
 
+@lru_cache(maxsize=256)
 def constants(spec: Spec, dtype: torch.dtype) -> dict[str, Any]:
     """The options as compile-time constants; softplus(unit) + min_std = 1, unit in two parts of the dtype."""
     unit = math.log(math.expm1(1 - spec.min_std)) if spec.min_std < 1 else -math.inf
@@ -315,7 +326,7 @@ def forward(call: Call) -> tuple[Tensor | None, Tensor | None]:
             ELEMENTWISE=kls is None,
         )
         if target is not kl and kl is not None:
-            size = min(triton.next_power_of_2(parts), 1024)
+            size = min(power_of_2(parts), 1024)
             kernels.row_sum_kernel[(kl.numel(),)](target, kl, parts, BLOCK=size, num_warps=4, enable_fp_fusion=False)
     return z, kl
 
