@@ -88,5 +88,5 @@ def test_the_committed_table_is_whole_and_the_docs_show_it():
             (line,) = [line for line in docs.splitlines() if line.startswith(f"| {device}, {dtype} |")]
             shown = [float(x) for x in re.findall(r"(\d+\.\d+) \(", line)]
             order = [(p, w) for w in ("forward", "backward") for p in ("ours", "torch.compile")]
-            want = [float(found[device, dtype, *key]["predicted_ps"]) for key in order]
+            want = [float(found[(device, dtype, *key)]["predicted_ps"]) for key in order]
             assert shown == pytest.approx(want, abs=0.0051)

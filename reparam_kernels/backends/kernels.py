@@ -5,7 +5,12 @@ order, so eps and float32 z have the same bits as in C++.
 
 A kernel sees rows x cols elements in tiles of ROWS x BLOCK lanes. A lane is a position in whole groups of four, since
 one Philox counter makes four normals: lane = position + lead, where a row whose noise starts inside a group leads with
-the lanes that belong to the row before it. Row r of an operand starts at r // nest * outer + r % nest * step.
+the lanes that belong to the row before it. Row r of an operand starts at r // nest * outer + r % nest * step. Short
+rows with a KL each come several to a kernel row: PER runs of INNER columns, `outer` apart where SKIP says so.
+
+What the launcher has proved of a call comes as constants: SEEDS, more than one; NEAR, fewer than 2^34 elements to a
+seed, so that 32 bits count the groups; SHORT, offsets in a tile fit 32 bits; WHOLE, every lane holds an element; VEC,
+rows start and end at multiples of so many elements, in memory too; NVIDIA, the compiler knows its assembly.
 """
 
 import triton
