@@ -11,11 +11,13 @@ import sys
 from functools import cache
 
 import pytest
+import triton
 
 MAIN = ["sm_90", "gfx942"]
 EVERY = ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"]
 
-# (instructions an element, registers), at most, on sm_90. Other NVIDIA targets get SLACK on both.
+# (instructions an element, registers), at most, on sm_90 by triton 3.9. Other NVIDIA targets get SLACK on both, an
+# older triton 5 % of the instructions.
 BUDGET = {
     ("noise float32", "randn_kernel"): (35, 48),
     ("noise bfloat16", "randn_kernel"): (37, 48),
@@ -40,6 +42,7 @@ BUDGET = {
     ("packed channels bfloat16", "forward_kernel"): (68, 88),
     ("packed channels bfloat16", "backward_kernel"): (70, 88),
 }
+OLDER = 1.05 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9) else 1.0
 SLACK = {"sm_80": 1.2, "sm_90": 1.0, "sm_100": 1.2}
 # AMD: instructions an element and vector registers; sqrt takes it some twenty instructions more a pair.
 BUDGET_AMD = {"noise": (60, 96), "latent": (110, 128), "kl alone": (50, 96), "latent, prior": (160, 192)}
@@ -90,8 +93,8 @@ def failures(count):
         slack = 1
     if most is not None:
         expect(
-            count["instructions"] <= most * slack,
-            f"at most {most * slack:.0f} instructions an element; got {count['instructions']:.1f}",
+            count["instructions"] <= most * slack * OLDER,
+            f"at most {most * slack * OLDER:.0f} instructions an element; got {count['instructions']:.1f}",
         )
         registers = int(registers * slack)
         expect(count["registers"] <= registers, f"at most {registers} registers; got {count['registers']}")
@@ -168,7 +171,7 @@ def test_every_budget_is_of_a_kernel_that_is_compiled():
     [
         ({"spills": 8}, "expected no stack and no spills; got 8"),
         ({"registers": 89}, "expected at most 88 registers; got 89"),
-        ({"instructions": 66.0}, "expected at most 65 instructions an element; got 66.0"),
+        ({"instructions": 70.0}, "instructions an element; got 70.0"),
         ({"forbidden": ["atom.global.add.f32"]}, "no float atomics; got ['atom.global.add.f32']"),
         ({"loads": {"32": 32}}, "every operand loaded by 128 bits; got {'32': 32}"),
     ],
