@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 DEMO_ARGS ?= --impl both --epochs 150
 WHY_ARGS ?=
 
-.PHONY: demo parity why test test-slow test-arm test-integrations bench lint clean
+.PHONY: demo parity why test test-slow test-arm test-gpu-code test-integrations bench lint clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m examples.vae $(DEMO_ARGS) --out out/vae
@@ -30,6 +30,9 @@ test-arm: $(VENV)/.ready
 # Beside the packages that the adapters are for, in an environment of its own; their warnings are theirs.
 test-integrations: $(VENV)-integrations/.ready
 	$(VENV)-integrations/bin/python -m pytest -m integrations -o filterwarnings=default tests/integrations
+
+test-gpu-code: $(VENV)/.ready
+	$(RUN) -m pytest tests/test_gpu_code.py -m 'gpu_code or not gpu_code'
 
 lint: $(VENV)/.ready
 	$(RUN) -m pip install -q $(PIP_ARGS) -e '.[lint]'

@@ -1,6 +1,8 @@
-"""python -m reparam_kernels: what this installation runs, and why something is missing."""
+"""python -m reparam_kernels: what this installation runs, and why something is missing. selftest: whether it works."""
 
+import argparse
 import platform
+import sys
 from importlib import metadata
 
 import torch
@@ -36,7 +38,7 @@ def triton_line() -> str:
     return "installed; torch sees no GPU"
 
 
-def main() -> None:
+def report() -> None:
     rows = {
         "reparam_kernels": f"{version('reparam_kernels')}, noise version {NOISE_VERSION}",
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -51,5 +53,19 @@ def main() -> None:
         print(f"{name:16} {value}")
 
 
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m reparam_kernels", description="What this installation runs.")
+    commands = parser.add_subparsers(dest="command")
+    command = commands.add_parser("selftest", help="check the kernels of a device against the contract")
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if args.command == "selftest":
+        from . import selftest
+
+        return selftest.main(args.device)
+    report()
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,7 +5,12 @@ order, so eps and float32 z have the same bits as in C++.
 
 A kernel sees rows x cols elements in tiles of ROWS x BLOCK lanes. A lane is a position in whole groups of four, since
 one Philox counter makes four normals: lane = position + lead, where a row whose noise starts inside a group leads with
-the lanes that belong to the row before it. Row r of an operand starts at r // nest * outer + r % nest * step.
+the lanes that belong to the row before it. Row r of an operand starts at r // nest * outer + r % nest * step. Short
+rows with a KL each come several to a kernel row: PER runs of INNER columns, `outer` apart where SKIP says so.
+
+What the launcher has proved of a call comes as constants: SEEDS, more than one; NEAR, fewer than 2^34 elements to a
+seed, so that 32 bits count the groups; SHORT, offsets in a tile fit 32 bits; WHOLE, every lane holds an element; VEC,
+rows start and end at multiples of so many elements, in memory too; NVIDIA, the compiler knows its assembly.
 """
 
 import triton
@@ -15,16 +20,17 @@ LOGVAR, LOGSTD, STD, SOFTPLUS = (tl.constexpr(i) for i in range(4))  # param
 # Where eps comes from: nowhere; the user; groups of four that start with each row; that start before it; or lane by
 # lane, where the samples of a row start at different places of a group.
 NONE, GIVEN, ALIGNED, LED, LANEWISE = (tl.constexpr(i) for i in range(5))
+# What the number of a program means: a block of rows; a chunk of the only row; a block of rows and a chunk; the same
+# in a grid folded along y, where x cannot hold all programs.
+BY_ROWS, BY_CHUNKS, BY_BOTH, FOLDED = (tl.constexpr(i) for i in range(4))
 
 
 # ---- noise
 
 
 @triton.jit
-def philox4x32_10(seed, counter):
+def philox4x32_10(seed, c0, c1):
     """Four 32-bit words (Salmon et al., SC 2011): one widening multiply gives both halves of a product."""
-    low = counter.to(tl.uint64) & 0xFFFFFFFF
-    c0, c1 = low.to(tl.uint32), (counter.to(tl.uint64) >> 32).to(tl.uint32)
     c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0)
     k0, k1 = (seed.to(tl.uint64) & 0xFFFFFFFF).to(tl.uint32), (seed.to(tl.uint64) >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
@@ -38,7 +44,25 @@ def philox4x32_10(seed, counter):
 
 
 @triton.jit
-def box_muller(x, y):
+def root(x, NVIDIA: tl.constexpr):
+    """sqrt, correctly rounded. On NVIDIA: what ptxas makes of sqrt.rn, without its branch for tiny and infinite x."""
+    if NVIDIA:
+        return tl.inline_asm_elementwise(
+            """{ .reg .f32 y, s, h, e;
+            rsqrt.approx.ftz.f32 y, $1;
+            mul.rn.f32 s, $1, y;
+            mul.rn.f32 h, y, 0f3F000000;
+            neg.f32 e, s;
+            fma.rn.f32 e, e, s, $1;
+            fma.rn.f32 $0, e, h, s; }""",
+            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def box_muller(x, y, NVIDIA: tl.constexpr = False):
     """Two words to two normals: r(x) cos t(y), r(x) sin t(y)."""
     xi = x.to(tl.int32, bitcast=True)
     upper = xi < 0
@@ -54,7 +78,7 @@ def box_muller(x, y):
     q = tl.fma(q, f, -0.6642580628)
     q = tl.fma(q, f, 1.000049233)
     q = tl.fma(q, f, -2.0)
-    r = tl.sqrt_rn(tl.fma(f, q, e.to(tl.float32) * -1.6525917e-7))
+    r = root(tl.fma(f, q, e.to(tl.float32) * -1.6525917e-7), NVIDIA)  # of a number in [2^-32, 46]
     y2 = y << 1
     sr = (r.to(tl.uint32, bitcast=True) ^ ((y ^ y2) & 0x80000000)).to(tl.float32, bitcast=True)
     t = tl.fma(y2.to(tl.int32, bitcast=True).to(tl.float32), 4.656612873077393e-10, 4.656612873077393e-10)
@@ -71,21 +95,30 @@ def box_muller(x, y):
 
 
 @triton.jit
-def normals(seed, first_group, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """eps for BLOCK lanes from a group on; seed and first_group are [ROWS, 1]."""
-    group = first_group + tl.arange(0, BLOCK // 4)[None, :]
-    x0, x1, x2, x3 = philox4x32_10(seed, group)
-    n0, n1 = box_muller(x0, x1)
-    n2, n3 = box_muller(x2, x3)
+def normals(
+    seed, first_group, ROWS: tl.constexpr, BLOCK: tl.constexpr, NEAR: tl.constexpr = False, NVIDIA: tl.constexpr = False
+):
+    """eps for BLOCK lanes from a group on; seed and first_group are scalars or [ROWS, 1]. NEAR: groups below 2^32."""
+    at = tl.arange(0, BLOCK // 4)[None, :] + tl.zeros([ROWS, 1], tl.int32)
+    if NEAR:
+        low = first_group.to(tl.uint32) + at.to(tl.uint32)
+        high = tl.zeros_like(low)
+    else:
+        group = (first_group + at).to(tl.uint64)
+        low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
+    x0, x1, x2, x3 = philox4x32_10(seed, low, high)
+    n0, n1 = box_muller(x0, x1, NVIDIA)
+    n2, n3 = box_muller(x2, x3, NVIDIA)
     return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [ROWS, BLOCK])
 
 
 @triton.jit
-def normal_at(seed, index):
+def normal_at(seed, index, NVIDIA: tl.constexpr):
     """eps[index], each lane for itself."""
     word = index % 4
-    x0, x1, x2, x3 = philox4x32_10(seed, index // 4)
-    cosine, sine = box_muller(tl.where(word < 2, x0, x2), tl.where(word < 2, x1, x3))
+    group = (index // 4).to(tl.uint64)
+    x0, x1, x2, x3 = philox4x32_10(seed, (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32))
+    cosine, sine = box_muller(tl.where(word < 2, x0, x2), tl.where(word < 2, x1, x3), NVIDIA)
     return tl.where(word % 2 == 0, cosine, sine)
 
 
@@ -177,7 +210,7 @@ def softplus_difference(x, sx, slope_x, hi, lo, sy, slope_y):
     return tl.where(close, tl.where(v < 0.0, -near, near), sx - sy)
 
 
-# ---- one element of the latent layer: sigma, kl, dsigma/dx, dkl/dx, dkl/dmu, dkl/dx_p
+# ---- one element of the latent layer: sigma, 2 kl, dsigma/dx, dkl/dx, dkl/dmu, dkl/dx_p
 
 
 @triton.jit
@@ -199,8 +232,8 @@ def from_log(scale: tl.constexpr, mu, lv, mu_p, lvp, PRIOR: tl.constexpr):
         k = expm1_minus(d, q2, n, lv)
         delta = mu
         dkl_mu = mu
-    kl = 0.5 * tl.fma(delta, delta, k)
-    return sigma, kl, scale * sigma, scale * em1, dkl_mu, -scale * tl.fma(delta, delta, em1)
+    kl2 = tl.fma(delta, delta, k)
+    return sigma, kl2, scale * sigma, scale * em1, dkl_mu, -scale * tl.fma(delta, delta, em1)
 
 
 @triton.jit
@@ -221,9 +254,9 @@ def from_std(mu, sigma, slope, mu_p, sigma_p, slope_p, numerator, PRIOR: tl.cons
     below = tl.fma(log(q), -2.0, tl.fma(q, q, -1.0))
     k = tl.where(f < -0.6, below, tl.where(f < 4.611686018427388e18, above, f * f))
     em1 = tl.fma(f, f, f + f)
-    kl = 0.5 * tl.fma(delta, delta, k)
+    kl2 = tl.fma(delta, delta, k)
     dkl_x = tl.div_rn(em1, sigma) * slope
-    return sigma, kl, slope, dkl_x, delta * inverse, -tl.fma(delta, delta, em1) * inverse * slope_p
+    return sigma, kl2, slope, dkl_x, delta * inverse, -tl.fma(delta, delta, em1) * inverse * slope_p
 
 
 @triton.jit
@@ -278,7 +311,7 @@ def element_wide(mu, x, mu_p, x_p, min_std, PARAM: tl.constexpr, PRIOR: tl.const
         k = f * f + 2.0 * minus_log1p_wide(f)
         dkl_x = em1 / sigma * slope
     delta = (mu - mu_p) / sigma_p if PRIOR else mu
-    return sigma, 0.5 * (delta * delta + k), slope, dkl_x, delta / sigma_p, -(em1 + delta * delta) * dl_p
+    return sigma, delta * delta + k, slope, dkl_x, delta / sigma_p, -(em1 + delta * delta) * dl_p
 
 
 @triton.jit
@@ -318,68 +351,192 @@ def element(
 
 
 @triton.jit
-def tile(chunks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """A program's rows [ROWS, 1], its lanes [1, BLOCK] and their first, in 64 bits."""
-    pid = tl.program_id(0).to(tl.int64)
-    block = pid % chunks * BLOCK
-    return pid // chunks * ROWS + tl.arange(0, ROWS)[:, None], block + tl.arange(0, BLOCK)[None, :], block
+def tile(rows, chunks, ROWS: tl.constexpr, BLOCK: tl.constexpr, GRID: tl.constexpr):
+    """A program's first row, its chunk of the columns, and the chunk's first column: 64 bits, once a program."""
+    pid = tl.program_id(0)
+    if GRID == BY_ROWS:
+        block, chunk = pid, 0 * pid
+    elif GRID == BY_CHUNKS:
+        block, chunk = 0 * pid, pid
+    elif GRID == BY_BOTH:
+        block, chunk = pid // chunks, pid % chunks
+    else:
+        pid = pid.to(tl.int64) + tl.program_id(1).to(tl.int64) * tl.num_programs(0)
+        pid = tl.minimum(pid, (rows + ROWS - 1).to(tl.int64) // ROWS * chunks - 1)  # a folded grid has a few too many
+        block, chunk = pid // chunks, pid % chunks
+    return block.to(tl.int64) * ROWS, chunk.to(tl.int64), chunk.to(tl.int64) * BLOCK
 
 
 @triton.jit
-def lead_of(row, cols, per_seed, NOISE: tl.constexpr):
+def in_tile(ROWS: tl.constexpr, SHORT: tl.constexpr):
+    r = tl.arange(0, ROWS)[:, None]
+    return r if SHORT else r.to(tl.int64)
+
+
+@triton.jit
+def divided(row, size, SHORT: tl.constexpr):
+    """row // size and row % size, in 32 bits where they do: 64-bit division is a subroutine."""
+    if SHORT:
+        row = row.to(tl.int32)
+    return (row // size).to(tl.int64), (row % size).to(tl.int64)
+
+
+@triton.jit
+def seed_of(row, per_seed, SEEDS: tl.constexpr, SHORT: tl.constexpr):
+    """Which seed a row has, and its number among the rows of that seed."""
+    if SEEDS:
+        return divided(row, per_seed, SHORT)
+    else:
+        return 0, row
+
+
+@triton.jit
+def lead_of(row, cols, per_seed, SEEDS: tl.constexpr, SHORT: tl.constexpr):
     """How far into a group of four the noise of a row starts."""
-    return (row % per_seed * cols) % 4 if NOISE == LED else row * 0
+    _, row = seed_of(row, per_seed, SEEDS, SHORT)
+    return (row * cols % 4).to(tl.int32)
+
+
+@triton.jit
+def lanes(
+    row0,
+    r,
+    first,
+    lead,
+    rows,
+    cols,
+    total,
+    NOISE: tl.constexpr,
+    INNER: tl.constexpr,
+    SHORT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Each lane's column, counted from the chunk's first, and the masks of lanes and rows that hold elements."""
+    p = tl.arange(0, BLOCK)[None, :] - lead
+    if WHOLE:
+        mask = tl.full([ROWS, BLOCK], True, tl.int1)  # the compiler drops it
+        row_mask = tl.full([ROWS, 1], True, tl.int1)
+    else:
+        left = tl.minimum(cols - first, BLOCK)
+        if INNER:
+            left = tl.minimum(left, total - row0 * cols)
+        row_mask = r < tl.minimum(rows - row0, BLOCK * 4096).to(tl.int32)
+        mask = (p < tl.multiple_of(left.to(tl.int32), VEC)) & row_mask
+        if NOISE == LED:
+            mask &= p + tl.minimum(first, BLOCK).to(tl.int32) >= 0
+    if not SHORT:
+        p = p.to(tl.int64)
+    return p, mask, row_mask
+
+
+@triton.jit
+def spot(
+    ptr,
+    row0,
+    r,
+    first,
+    p,
+    outer,
+    step,
+    col,
+    nest,
+    NEST: tl.constexpr,
+    INNER: tl.constexpr,
+    SHORT: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Pointers to an operand's lanes: a 64-bit base, and offsets of 32 bits inside the tile where they do."""
+    if NEST:
+        a, b = divided(row0 + r, nest, SHORT)
+        return ptr + tl.multiple_of(a * outer + b * step + first * col, [VEC, VEC]) + p * col
+    else:
+        at = tl.multiple_of(r * step, [VEC, VEC]) + p * col
+        if INNER:  # a row of several runs of INNER columns, `outer` apart
+            at += p // INNER * tl.multiple_of(outer - INNER * col, VEC)
+        SIZE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+        base = ptr + tl.multiple_of(row0 * step + first * col, VEC)
+        return tl.multiple_of(base, min(VEC * SIZE, 16)) + at
+
+
+@triton.jit
+def read(ptr, mask, WIDE: tl.constexpr):
+    """Lanes in the arithmetic's dtype; those without an element hold anything."""
+    value = tl.load(ptr, mask=mask)
+    return value.to(tl.float64) if WIDE else value.to(tl.float32)
+
+
+@triton.jit
+def write(ptr, value, mask):
+    tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def noise(
     seed_ptr,
     eps_ptr,
-    row,
-    lane,
-    block,
+    row0,
+    r,
+    first,
+    p,
     lead,
     sample,
-    rows,
     cols,
+    total,
     per_seed,
     mask,
+    row_mask,
     NOISE: tl.constexpr,
+    SEEDS: tl.constexpr,
+    NEAR: tl.constexpr,
+    NVIDIA: tl.constexpr,
+    SHORT: tl.constexpr,
+    VEC: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """eps of one sample: the user's, or made here."""
+    """eps of one sample, a 64-bit number: the user's, or made here."""
     if NOISE == GIVEN:
-        eps = tl.load(eps_ptr + ((row * 0 + sample) * rows + row) * cols + (lane - lead), mask=mask, other=0.0)
+        at = spot(eps_ptr + tl.multiple_of(sample * total, VEC), row0, r, first, p, 0, cols, 1, 1, False, 0, SHORT, VEC)
+        return read(at, mask, WIDE)
     else:
-        seed = tl.load(seed_ptr + row // per_seed, mask=row < rows, other=0)
-        start = ((row * 0 + sample) * per_seed + row % per_seed) * cols - lead
+        item, row = seed_of(row0 if ROWS == 1 else row0 + r, per_seed, SEEDS, SHORT)
+        seed = tl.load(seed_ptr + item, mask=row_mask) if SEEDS and ROWS > 1 else tl.load(seed_ptr + item)
+        start = sample * (per_seed * cols if SEEDS else total) + row * cols + first
         if NOISE == LANEWISE:
-            eps = normal_at(seed, start + lane)
+            eps = normal_at(seed, start + p, NVIDIA)
         else:
-            eps = normals(seed, start // 4 + block // 4, ROWS, BLOCK)
-    return eps.to(tl.float64) if WIDE else eps.to(tl.float32)
+            eps = normals(seed, (start - lead) >> 2, ROWS, BLOCK, NEAR, NVIDIA)
+        return eps.to(tl.float64) if WIDE else eps
 
 
 @triton.jit
-def read(ptr, row, position, nest, outer, step, col, mask, NEST: tl.constexpr, WIDE: tl.constexpr):
-    """An operand in the arithmetic's dtype; masked lanes read 0, which adds exactly 0 to a sum."""
-    if NEST:
-        at = row // nest * outer + row % nest * step
+def inner_sums(k, INNER: tl.constexpr, PER: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of the PER runs of INNER lanes that a tile of one row starts with, padded to a power of two."""
+    UNIT: tl.constexpr = 4 if INNER % 4 == 0 else 2 if INNER % 2 == 0 else 1
+    N: tl.constexpr = INNER // UNIT
+    WIDTH: tl.constexpr = triton.next_power_of_2(N)
+    COUNT: tl.constexpr = triton.next_power_of_2(PER)
+    units = tl.sum(tl.reshape(k, [BLOCK // UNIT, UNIT]), axis=1)
+    if N == WIDTH:
+        return tl.sum(tl.reshape(units, [BLOCK // INNER, N]), axis=1)
     else:
-        at = row * step
-    value = tl.load(ptr + at + position * col, mask=mask, other=0.0)
-    return value.to(tl.float64) if WIDE else value.to(tl.float32)
+        i = tl.arange(0, COUNT * WIDTH)
+        run, of = i // WIDTH, i % WIDTH
+        found = tl.gather(units, tl.minimum(run * N + of, BLOCK // UNIT - 1), 0)
+        return tl.sum(tl.reshape(tl.where(of < N, found, 0.0), [COUNT, WIDTH]), axis=1)
 
 
 @triton.jit
-def write(ptr, row, position, nest, outer, step, mask, value, NEST: tl.constexpr):
-    if NEST:
-        at = row // nest * outer + row % nest * step
-    else:
-        at = row * step
-    tl.store(ptr + at + position, value.to(ptr.dtype.element_ty), mask=mask)
+def spread(ptr, size, INNER: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr):
+    """The value of each run of INNER lanes, in all of its lanes."""
+    UNIT: tl.constexpr = VEC if INNER % VEC == 0 else 1
+    first = tl.arange(0, BLOCK // UNIT) * UNIT
+    value = tl.load(ptr + first // INNER, mask=first < size)
+    return tl.reshape(tl.broadcast_to(value[:, None], [BLOCK // UNIT, UNIT]), [1, BLOCK])
 
 
 @triton.jit
@@ -397,14 +554,48 @@ def clamp(x, LOW: tl.constexpr, HIGH: tl.constexpr):
 
 
 @triton.jit
-def randn_kernel(out_ptr, seed_ptr, rows, cols, chunks, NOISE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    row, lane, block = tile(chunks, ROWS, BLOCK)
-    mask = (row < rows) & (lane < cols)
-    eps = noise(seed_ptr, None, row, lane, block, 0, 0, rows, cols, 1, mask, NOISE, ROWS, BLOCK, False)
-    tl.store(out_ptr + row * cols + lane, eps.to(out_ptr.dtype.element_ty), mask=mask)
+def words_kernel(out_ptr, at_ptr, count, BLOCK: tl.constexpr):
+    """The words of `count` counters [count, 4], from (seed, first counter): for the self-test."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    group = (tl.load(at_ptr + 1) + i).to(tl.uint64)
+    low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
+    x0, x1, x2, x3 = philox4x32_10(tl.load(at_ptr), low, high)
+    tl.store(out_ptr + 4 * i, x0.to(tl.int64), mask=i < count)
+    tl.store(out_ptr + 4 * i + 1, x1.to(tl.int64), mask=i < count)
+    tl.store(out_ptr + 4 * i + 2, x2.to(tl.int64), mask=i < count)
+    tl.store(out_ptr + 4 * i + 3, x3.to(tl.int64), mask=i < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "total"])
+def randn_kernel(
+    out_ptr,
+    seed_ptr,
+    rows,
+    cols,
+    chunks,
+    total,
+    NOISE: tl.constexpr,
+    SEEDS: tl.constexpr,
+    NEAR: tl.constexpr,
+    NVIDIA: tl.constexpr,
+    SHORT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    VEC: tl.constexpr,
+    GRID: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row0, _, first = tile(rows, chunks, ROWS, BLOCK, GRID)
+    r = in_tile(ROWS, SHORT)
+    p, mask, row_mask = lanes(row0, r, first, 0, rows, cols, total, NOISE, 0, SHORT, WHOLE, VEC, ROWS, BLOCK)
+    eps = noise(
+        seed_ptr, None, row0, r, first, p, 0, first * 0, cols, total, 1, mask, row_mask,
+        NOISE, SEEDS, NEAR, NVIDIA, SHORT, VEC, ROWS, BLOCK, False,
+    )  # fmt: skip
+    write(spot(out_ptr, row0, r, first, p, 0, cols, 1, 1, False, 0, SHORT, VEC), eps, mask)
+
+
+@triton.jit(do_not_specialize=["rows", "total"])
 def forward_kernel(
     mu_ptr,
     x_ptr,
@@ -413,10 +604,11 @@ def forward_kernel(
     seed_ptr,
     eps_ptr,  # int64 [rows / per_seed], or the user's noise [samples, rows, cols]
     z_ptr,  # [samples, rows, cols]
-    kl_ptr,  # elementwise [rows, cols], else a sum for each row and chunk [rows, chunks]
+    kl_ptr,  # elementwise [rows, cols], else a sum for each row and chunk [rows, chunks]; INNER: for each run of a row
     rows,
     cols,
     chunks,
+    total,
     samples,
     per_seed,
     nest,
@@ -440,45 +632,75 @@ def forward_kernel(
     CLAMP: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
+    NUMBERS: tl.constexpr,
     ELEMENTWISE: tl.constexpr,
-    NOISE: tl.constexpr,
-    NEST: tl.constexpr,
     WIDE: tl.constexpr,
+    NOISE: tl.constexpr,
+    SEEDS: tl.constexpr,
+    NEAR: tl.constexpr,
+    NVIDIA: tl.constexpr,
+    NEST: tl.constexpr,
+    INNER: tl.constexpr,
+    PER: tl.constexpr,
+    SKIP: tl.constexpr,
+    SHORT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    VEC: tl.constexpr,
+    GRID: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     PRIOR: tl.constexpr = mu_p_ptr is not None
-    row, lane, block = tile(chunks, ROWS, BLOCK)
-    lead = lead_of(row, cols, per_seed, NOISE)
-    position = lane - lead
-    mask = (row < rows) & (position >= 0) & (position < cols)
-    mu = read(mu_ptr, row, position, nest, mu_outer, mu_step, mu_col, mask, NEST, WIDE)
-    x = read(x_ptr, row, position, nest, x_outer, x_step, x_col, mask, NEST, WIDE)
+    row0, chunk, first = tile(rows, chunks, ROWS, BLOCK, GRID)
+    r = in_tile(ROWS, SHORT)
+    lead = 0
+    if NOISE == LED:
+        lead = lead_of(row0 + r, cols, per_seed, SEEDS, SHORT)
+    p, mask, row_mask = lanes(row0, r, first, lead, rows, cols, total, NOISE, INNER, SHORT, WHOLE, VEC, ROWS, BLOCK)
+    mu_at = spot(mu_ptr, row0, r, first, p, mu_outer, mu_step, mu_col, nest, NEST, SKIP, SHORT, VEC)
+    x_at = spot(x_ptr, row0, r, first, p, x_outer, x_step, x_col, nest, NEST, SKIP, SHORT, VEC)
+    mu = read(mu_at, mask, WIDE)
+    x = read(x_at, mask, WIDE)
     if CLAMP:
         x = clamp(x, LOW, HIGH)
     mu_p = mu
     x_p = x
-    if PRIOR:
-        mu_p = read(mu_p_ptr, row, position, nest, mu_p_outer, mu_p_step, mu_p_col, mask, NEST, WIDE)
-        x_p = read(x_p_ptr, row, position, nest, x_p_outer, x_p_step, x_p_col, mask, NEST, WIDE)
-    sigma, kl, _, _, _, _ = element(mu, x, mu_p, x_p, MIN_STD, UNIT_HI, UNIT_LO, UNIT_SLOPE, PARAM, PRIOR, WIDE)
+    if PRIOR and NUMBERS:
+        mu_p = read(mu_p_ptr, None, WIDE)
+        x_p = read(x_p_ptr, None, WIDE)
+    elif PRIOR:
+        mu_p_at = spot(mu_p_ptr, row0, r, first, p, mu_p_outer, mu_p_step, mu_p_col, nest, NEST, SKIP, SHORT, VEC)
+        x_p_at = spot(x_p_ptr, row0, r, first, p, x_p_outer, x_p_step, x_p_col, nest, NEST, SKIP, SHORT, VEC)
+        mu_p = read(mu_p_at, mask, WIDE)
+        x_p = read(x_p_at, mask, WIDE)
+    sigma, kl2, _, _, _, _ = element(mu, x, mu_p, x_p, MIN_STD, UNIT_HI, UNIT_LO, UNIT_SLOPE, PARAM, PRIOR, WIDE)
     if kl_ptr is not None:
         if ELEMENTWISE:
-            tl.store(kl_ptr + row * cols + position, kl, mask=mask)
+            write(spot(kl_ptr, row0, r, first, p, 0, cols, 1, 1, False, 0, SHORT, VEC), 0.5 * kl2, mask)
+        elif INNER:
+            sums = 0.5 * inner_sums(kl2, INNER, PER, BLOCK)
+            run = tl.arange(0, sums.shape[0])
+            runs = tl.minimum(cols, total - row0 * cols).to(tl.int32) // INNER
+            tl.store(kl_ptr + row0 * PER + run, sums, mask=run < runs)
         else:
-            total = tl.sum(tl.where(mask, kl, 0.0), axis=1)[:, None]
-            tl.store(kl_ptr + row * chunks + block // BLOCK, total, mask=row < rows)
+            if not WHOLE:
+                kl2 = tl.where(mask, kl2, 0.0)
+            tl.store(kl_ptr + (row0 + r) * chunks + chunk, 0.5 * tl.sum(kl2, axis=1)[:, None], mask=row_mask)
     if z_ptr is not None:
-        for sample in range(samples):
+        for i in range(samples):
+            sample = first * 0 + i
             eps = noise(
-                seed_ptr, eps_ptr, row, lane, block, lead, sample, rows, cols, per_seed, mask, NOISE, ROWS, BLOCK, WIDE
-            )
+                seed_ptr, eps_ptr, row0, r, first, p, lead, sample, cols, total, per_seed, mask, row_mask,
+                NOISE, SEEDS, NEAR, NVIDIA, SHORT, VEC, ROWS, BLOCK, WIDE,
+            )  # fmt: skip
             z = sigma * eps + mu if WIDE else tl.fma(sigma, eps, mu)
-            at = ((row * 0 + sample) * rows + row) * cols + position
-            tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=mask)
+            z_at = spot(
+                z_ptr + tl.multiple_of(sample * total, VEC), row0, r, first, p, 0, cols, 1, 1, False, 0, SHORT, VEC
+            )
+            write(z_at, z, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "total"])
 def backward_kernel(
     mu_ptr,
     x_ptr,
@@ -487,7 +709,7 @@ def backward_kernel(
     seed_ptr,
     eps_ptr,  # as in forward
     dz_ptr,  # [samples, rows, cols] by strides
-    dkl_ptr,  # elementwise [rows, cols], else one for each per_kl rows
+    dkl_ptr,  # elementwise [rows, cols], else one for each per_kl rows; INNER: for each run of a row
     dmu_ptr,
     dx_ptr,  # by out_outer, out_step
     dmu_p_ptr,
@@ -495,6 +717,7 @@ def backward_kernel(
     rows,
     cols,
     chunks,
+    total,
     samples,
     per_seed,
     per_kl,
@@ -525,74 +748,94 @@ def backward_kernel(
     CLAMP: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
+    NUMBERS: tl.constexpr,
     ELEMENTWISE: tl.constexpr,
-    NOISE: tl.constexpr,
-    NEST: tl.constexpr,
     WIDE: tl.constexpr,
+    NOISE: tl.constexpr,
+    SEEDS: tl.constexpr,
+    NEAR: tl.constexpr,
+    NVIDIA: tl.constexpr,
+    NEST: tl.constexpr,
+    INNER: tl.constexpr,
+    PER: tl.constexpr,
+    SKIP: tl.constexpr,
+    SHORT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    VEC: tl.constexpr,
+    GRID: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     PRIOR: tl.constexpr = mu_p_ptr is not None
-    row, lane, block = tile(chunks, ROWS, BLOCK)
-    lead = lead_of(row, cols, per_seed, NOISE)
-    position = lane - lead
-    mask = (row < rows) & (position >= 0) & (position < cols)
-    mu = read(mu_ptr, row, position, nest, mu_outer, mu_step, mu_col, mask, NEST, WIDE)
-    raw = read(x_ptr, row, position, nest, x_outer, x_step, x_col, mask, NEST, WIDE)
+    row0, _, first = tile(rows, chunks, ROWS, BLOCK, GRID)
+    r = in_tile(ROWS, SHORT)
+    lead = 0
+    if NOISE == LED:
+        lead = lead_of(row0 + r, cols, per_seed, SEEDS, SHORT)
+    p, mask, row_mask = lanes(row0, r, first, lead, rows, cols, total, NOISE, INNER, SHORT, WHOLE, VEC, ROWS, BLOCK)
+    mu_at = spot(mu_ptr, row0, r, first, p, mu_outer, mu_step, mu_col, nest, NEST, SKIP, SHORT, VEC)
+    x_at = spot(x_ptr, row0, r, first, p, x_outer, x_step, x_col, nest, NEST, SKIP, SHORT, VEC)
+    mu = read(mu_at, mask, WIDE)
+    raw = read(x_at, mask, WIDE)
     x = raw
     if CLAMP:
         x = clamp(raw, LOW, HIGH)
     mu_p = mu
     x_p = x
-    if PRIOR:
-        mu_p = read(mu_p_ptr, row, position, nest, mu_p_outer, mu_p_step, mu_p_col, mask, NEST, WIDE)
-        x_p = read(x_p_ptr, row, position, nest, x_p_outer, x_p_step, x_p_col, mask, NEST, WIDE)
+    if PRIOR and NUMBERS:
+        mu_p = read(mu_p_ptr, None, WIDE)
+        x_p = read(x_p_ptr, None, WIDE)
+    elif PRIOR:
+        mu_p_at = spot(mu_p_ptr, row0, r, first, p, mu_p_outer, mu_p_step, mu_p_col, nest, NEST, SKIP, SHORT, VEC)
+        x_p_at = spot(x_p_ptr, row0, r, first, p, x_p_outer, x_p_step, x_p_col, nest, NEST, SKIP, SHORT, VEC)
+        mu_p = read(mu_p_at, mask, WIDE)
+        x_p = read(x_p_at, mask, WIDE)
     _, _, dsigma_x, dkl_x, dkl_mu, dkl_xp = element(
         mu, x, mu_p, x_p, MIN_STD, UNIT_HI, UNIT_LO, UNIT_SLOPE, PARAM, PRIOR, WIDE
     )
-    dmu = tl.zeros_like(mu)  # dz, then dz * eps, summed over the samples
-    dsigma = tl.zeros_like(mu)
+    dmu = tl.full(mu.shape, -0.0, mu.dtype)  # dz, then dz * eps, summed over the samples; -0 adds nothing to the bits
+    dsigma = dmu
     if dz_ptr is not None:
-        for sample in range(samples):
-            dz = read(
-                dz_ptr + (row * 0 + sample) * dz_sample,
-                row,
-                position,
-                nest,
-                dz_outer,
-                dz_step,
-                dz_col,
-                mask,
-                NEST,
-                WIDE,
-            )
+        for i in range(samples):
+            sample = first * 0 + i
+            dz_at = spot(
+                dz_ptr + tl.multiple_of(sample * dz_sample, VEC), row0, r, first, p, dz_outer, dz_step, dz_col, nest,
+                NEST, SKIP, SHORT, VEC,
+            )  # fmt: skip
+            dz = read(dz_at, mask, WIDE)
             eps = noise(
-                seed_ptr, eps_ptr, row, lane, block, lead, sample, rows, cols, per_seed, mask, NOISE, ROWS, BLOCK, WIDE
-            )
+                seed_ptr, eps_ptr, row0, r, first, p, lead, sample, cols, total, per_seed, mask, row_mask,
+                NOISE, SEEDS, NEAR, NVIDIA, SHORT, VEC, ROWS, BLOCK, WIDE,
+            )  # fmt: skip
             dmu += dz
             dsigma = dz * eps + dsigma if WIDE else tl.fma(dz, eps, dsigma)
     dx = dsigma * dsigma_x
     if dkl_ptr is not None:
         if ELEMENTWISE:
-            dkl = tl.load(dkl_ptr + row * cols + position, mask=mask, other=0.0)
+            dkl = read(spot(dkl_ptr, row0, r, first, p, 0, cols, 1, 1, False, 0, SHORT, VEC), mask, WIDE)
+        elif INNER:
+            dkl = spread(dkl_ptr + row0 * PER, tl.minimum(cols, total - row0 * cols).to(tl.int32), INNER, VEC, BLOCK)
         else:
-            dkl = tl.load(dkl_ptr + row // per_kl, mask=row < rows, other=0.0)
+            of, _ = divided(row0 + r, per_kl, SHORT)
+            dkl = tl.load(dkl_ptr + of, mask=row_mask)
         if dmu_p_ptr is not None:
-            tl.store(dmu_p_ptr + row * cols + position, (-(dkl * dkl_mu)).to(dmu_p_ptr.dtype.element_ty), mask=mask)
+            at = spot(dmu_p_ptr, row0, r, first, p, 0, cols, 1, 1, False, 0, SHORT, VEC)
+            write(at, -(dkl * dkl_mu), mask)
         if dx_p_ptr is not None:
-            tl.store(dx_p_ptr + row * cols + position, (dkl * dkl_xp).to(dx_p_ptr.dtype.element_ty), mask=mask)
+            at = spot(dx_p_ptr, row0, r, first, p, 0, cols, 1, 1, False, 0, SHORT, VEC)
+            write(at, dkl * dkl_xp, mask)
         if WIDE:
             dmu += dkl * dkl_mu
             dx = dx + dkl * dkl_x if dz_ptr is not None else dkl * dkl_x
         else:
-            dmu = tl.fma(dkl + tl.zeros_like(mu), dkl_mu, dmu)
+            dmu = tl.fma(tl.broadcast_to(dkl, mu.shape), dkl_mu, dmu)
             dx = tl.fma(dsigma, dsigma_x, dkl * dkl_x) if dz_ptr is not None else dkl * dkl_x
     if CLAMP:
         dx = tl.where(inside(raw, LOW, HIGH), dx, 0.0)
     if dmu_ptr is not None:
-        write(dmu_ptr, row, position, nest, out_outer, out_step, mask, dmu, NEST)
+        write(spot(dmu_ptr, row0, r, first, p, out_outer, out_step, 1, nest, NEST, SKIP, SHORT, VEC), dmu, mask)
     if dx_ptr is not None:
-        write(dx_ptr, row, position, nest, out_outer, out_step, mask, dx, NEST)
+        write(spot(dx_ptr, row0, r, first, p, out_outer, out_step, 1, nest, NEST, SKIP, SHORT, VEC), dx, mask)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor
 from ..checks import PARAMS
 from ..spec import Call, Spec, accumulate_dtype, expanded_prior, prior_gradient, unpacked
 from . import kernels
-from .kernels import ALIGNED, GIVEN, LANEWISE, LED, NONE
+from .kernels import ALIGNED, BY_BOTH, BY_CHUNKS, BY_ROWS, FOLDED, GIVEN, LANEWISE, LED, NONE
 
-TILE = 2048  # lanes a program: fixed, so that results and first-call time are
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # rounding is part of the contract
+LIMIT = 2**31 - 1  # programs along x; y and z hold only 65535
+FOLD = 2**30  # programs along x of a grid with more
 
 
 class Rows(NamedTuple):
@@ -56,6 +57,15 @@ def runs(t: Tensor) -> Run:
     return Run(t, t.numel(), 0, levels[0][1] if levels else 0)
 
 
+def cdiv(a: int, b: int) -> int:  # Triton's own take microseconds
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 class Layout:
     """Rows short enough that each lies in one run of every operand, under one seed, and in one KL."""
 
@@ -68,6 +78,21 @@ class Layout:
         wide = [size for size in inner if size != self.cols]
         self.nest = max(wide) // self.cols if wide else 1
         self.operands = [ABSENT if run is None else self._rows(run, n) for run in seen]
+        self.n, self.inner, self.per, self.skip = n, 0, 0, 0
+
+    def merge(self, lanes: int) -> None:
+        """Short rows, each with a KL of its own, run together in rows that fill a tile: `per` runs of `inner`."""
+        for whole in (16, 8, 4):  # rows that keep vectors and groups of four together
+            unit = whole // math.gcd(whole, self.cols)
+            per = min(lanes // self.cols // unit * unit, self.rows)
+            if per > 1:
+                break
+        else:
+            return
+        self.inner, self.per = self.cols, per
+        self.operands = [Rows(o.tensor, o.step, o.step * per, o.col) for o in self.operands]
+        self.skip = any(o.outer != self.inner * o.col for o in self.operands if o.tensor is not None)
+        self.rows, self.cols = cdiv(self.rows, per), self.cols * per
 
     def _rows(self, run: Run, n: int) -> Rows:
         step = self.cols * run.col
@@ -81,24 +106,113 @@ class Layout:
         return Rows(whole, self.nest * self.cols, self.cols, 1)
 
 
-def noise_mode(layout: Layout, per_seed: int, samples: int, call: Call, noisy: bool) -> int:
+def noise_mode(layout: Layout, seeds: int, samples: int, call: Call, noisy: bool) -> int:
     if not noisy:
         return int(NONE.value)
     if call.eps is not None:
         return int(GIVEN.value)
-    within = per_seed == 1 or layout.cols % 4 == 0
-    across = samples == 1 or per_seed * layout.cols % 4 == 0
+    within = layout.rows == seeds or layout.cols % 4 == 0
+    across = samples == 1 or layout.n // seeds % 4 == 0
     return int((ALIGNED if within and across else LED if across else LANEWISE).value)
 
 
-def tile_of(layout: Layout, noise: int) -> tuple[int, int, int]:
-    """ROWS and BLOCK of a program, and how many programs share a row."""
-    lanes = layout.cols + (3 if noise == LED.value else 0)
-    block = min(max(triton.next_power_of_2(lanes), 4), TILE)
-    rows = max(min(TILE // block, triton.next_power_of_2(layout.rows)), 1)
-    return rows, block, triton.cdiv(lanes, block)
+class Table(NamedTuple):
+    """How a launch is cut: fixed for a kind of device, so that results and first-call time are."""
+
+    lanes: int  # a program
+    lanes_wide: int  # in float64
+    warps: int
+    registers: int | None  # a thread of the plain forward kernel in half precision, at most; the others keep below
 
 
+CUDA = Table(2048, 512, 4, 88)
+HIP = Table(2048, 512, 4, None)
+
+
+class Plan(NamedTuple):
+    """The tiles of a launch, and what the compiler may take for granted of them."""
+
+    layout: Layout
+    grid: tuple[int, ...]
+    chunks: int  # programs to a row
+    per_seed: int
+    constants: dict[str, Any]  # of the kernel, and num_warps
+
+
+def kind() -> str:
+    """Who compiles the kernels: "cuda", "hip" or "other"; "" where they are interpreted."""
+    if triton.knobs.runtime.interpret:
+        return ""
+    return "hip" if torch.version.hip else "cuda" if torch.version.cuda else "other"
+
+
+def table() -> Table:
+    return HIP if kind() == "hip" else CUDA
+
+
+def lanes_of(dtype: torch.dtype) -> int:
+    return table().lanes_wide if dtype == torch.float64 else table().lanes
+
+
+def plan(
+    layout: Layout,
+    noise: int,
+    lanes: int,
+    samples: int,
+    seeds: int,
+    also: Sequence[Tensor | None],
+    apart: int,
+    dtype: torch.dtype,
+) -> Plan:
+    """also: more tensors that the lanes visit, row-major; apart: the stride between the samples of dz."""
+    warps = table().warps
+    if noise == LANEWISE.value:
+        lanes = min(lanes, table().lanes // 4)
+    led = noise == LED.value
+    used = layout.cols + 3 * led
+    block = max(power_of_2(used), 4)
+    if block > lanes:  # the widest of the blocks that waste the fewest lanes
+        block = min((lanes, lanes // 2, lanes // 4), key=lambda b: cdiv(used, b) * b)
+    rows, chunks = max(min(lanes // block, power_of_2(layout.rows)), 1), cdiv(used, block)
+    blocks = cdiv(layout.rows, rows)
+    folded = blocks * chunks > LIMIT
+    exact = layout.rows * layout.cols == layout.n and blocks * rows == layout.rows and chunks * block == layout.cols
+    by = FOLDED if folded else BY_ROWS if chunks == 1 else BY_CHUNKS if layout.rows == 1 else BY_BOTH
+    reach = [abs(o.step) * rows + abs(o.col) * block + abs(o.outer) * max(layout.per, 1) for o in layout.operands]
+    constants = {
+        "NOISE": noise,
+        "SEEDS": seeds > 1,
+        "NEAR": layout.n // seeds * samples + 4 * block < 2**34,
+        "NVIDIA": kind() == "cuda",
+        "SHORT": max(*reach, layout.rows + rows, (rows - 1) * layout.cols) < 2**31,
+        "WHOLE": exact and not led and not folded,
+        "VEC": 1 if led else vector(layout, also, apart, dtype.itemsize),
+        "GRID": int(by.value),
+        "ROWS": rows,
+        "BLOCK": block,
+        "num_warps": max(rows * block * warps // lanes, 1),
+        "enable_fp_fusion": False,  # rounding is part of the contract
+    }
+    grid = (FOLD, cdiv(blocks * chunks, FOLD)) if folded else (blocks * chunks,)
+    return Plan(layout, grid, chunks, layout.rows // seeds, constants)
+
+
+def vector(layout: Layout, also: Sequence[Tensor | None], apart: int, itemsize: int) -> int:
+    """The most elements, up to 16 bytes, at multiples of which every row of every tensor starts and ends."""
+    held = [t for t in (*(o.tensor for o in layout.operands), *also) if t is not None]
+    sizes = [layout.cols, layout.n, apart, *(layout.inner,) * layout.skip]
+    for o in layout.operands:
+        sizes += [o.step, o.outer] if layout.skip or layout.nest > 1 else [o.step]
+    vec = 16 // itemsize
+    while vec > 1 and not (
+        all(size % vec == 0 for size in sizes)
+        and all(t.data_ptr() % min(vec * t.element_size(), 16) == 0 for t in held)
+    ):
+        vec //= 2
+    return vec
+
+
+@lru_cache(maxsize=256)
 def constants(spec: Spec, dtype: torch.dtype) -> dict[str, Any]:
     """The options as compile-time constants; softplus(unit) + min_std = 1, unit in two parts of the dtype."""
     unit = math.log(math.expm1(1 - spec.min_std)) if spec.min_std < 1 else -math.inf
@@ -122,6 +236,15 @@ def on(device: torch.device) -> Any:
     return torch.get_device_module(device).device(device) if device.type != "cpu" else contextlib.nullcontext()
 
 
+def layout_constants(layout: Layout) -> dict[str, int]:
+    return {
+        "NEST": layout.nest > 1,
+        "INNER": layout.inner,
+        "PER": layout.per,
+        "SKIP": layout.inner if layout.skip else 0,
+    }
+
+
 def flat(operands: Sequence[Rows]) -> list[int]:
     return [stride for o in operands for stride in (o.outer, o.step, o.col)]
 
@@ -130,13 +253,35 @@ def randn(out: Tensor, seed: Tensor) -> None:
     """Fills `out`, contiguous, with the noise of `seed`."""
     if out.numel() == 0:
         return
-    rows = seed.numel()
-    layout = Layout(out.numel(), [], out.numel() // rows, None)
-    block_rows, block, chunks = tile_of(layout, ALIGNED.value)
+    n, seeds = out.numel(), seed.numel()
+    layout = Layout(n, [], n // seeds, None)
+    cut = plan(layout, ALIGNED.value, lanes_of(torch.float32), 1, seeds, [out], 0, out.dtype)
     with on(out.device):
-        kernels.randn_kernel[(triton.cdiv(layout.rows, block_rows) * chunks,)](
-            out, seed, layout.rows, layout.cols, chunks, NOISE=ALIGNED.value, ROWS=block_rows, BLOCK=block, **OPTIONS
-        )
+        kernels.randn_kernel[cut.grid](out, seed, layout.rows, layout.cols, cut.chunks, n, **cut.constants)
+
+
+def cut(
+    call: Call,
+    mu: Tensor,
+    tensors: Sequence[Tensor | None],
+    kls: int | None,
+    noisy: bool,
+    also: Sequence[Tensor | None],
+    apart: int = 0,
+) -> Plan:
+    """The plan of a forward or backward launch; kls: how many sums of KL there are."""
+    n, samples = mu.numel(), math.prod(call.spec.sample_shape)
+    seeds = call.seed.numel() if call.seed is not None and noisy else 1
+    layout = Layout(n, tensors, n // seeds, None if kls is None else n // kls)
+    lanes = lanes_of(mu.dtype)
+    if call.spec.param == "softplus" and call.mu_p is not None and kind() != "hip":
+        lanes //= 2  # or registers spill
+    short = kls == layout.rows > 1 and layout.nest == 1 and seeds == 1
+    if short and (not noisy or call.eps is not None or samples == 1 or n % 4 == 0):
+        layout.merge(lanes)
+    found = plan(layout, noise_mode(layout, seeds, samples, call, noisy), lanes, samples, seeds, also, apart, mu.dtype)
+    found.constants["NUMBERS"] = all(t is not None and t.numel() == 1 for t in (call.mu_p, call.x_p))
+    return found
 
 
 def forward(call: Call) -> tuple[Tensor | None, Tensor | None]:
@@ -149,45 +294,40 @@ def forward(call: Call) -> tuple[Tensor | None, Tensor | None]:
     if n == 0:
         return z, kl if kl is None else kl.zero_()
     samples = math.prod(spec.sample_shape)
-    summed = kl is not None and spec.event_ndim > 0
-    seeds = call.seed.numel() if call.seed is not None else 1
-    kl_cols = n // kl.numel() if kl is not None and summed else None
-    layout = Layout(n, [mu, x, *expanded_prior(call, shape)], n // seeds, kl_cols)
-    per_seed = n // seeds // layout.cols
-    noise = noise_mode(layout, per_seed, samples, call, z is not None and samples > 0)
-    block_rows, block, chunks = tile_of(layout, noise)
-    parts = layout.rows * chunks // kl.numel() if kl is not None and summed else 1
-    target = kl if kl is None or parts == 1 else kl.new_empty(layout.rows * chunks)
+    kls = kl.numel() if kl is not None and spec.event_ndim > 0 else None
     eps = None if call.eps is None else call.eps.contiguous()
-    mu_r, x_r, mu_p_r, x_p_r = layout.operands
+    operands = [mu, x, *expanded_prior(call, shape)]
+    found = cut(call, mu, operands, kls, z is not None and samples > 0, [eps, z, kl if kls is None else None])
+    layout = found.layout
+    parts = 1 if kl is None or kls is None or layout.inner else layout.rows * found.chunks // kls
+    target = kl if kl is None or parts == 1 else kl.new_empty(layout.rows * found.chunks)
+    plain = call.mu_p is None and spec.param in ("logvar", "logstd") and z is not None
+    plain = plain and found.constants["VEC"] == 8 and not found.constants["SEEDS"]
+    if plain and mu.dtype.itemsize == 2 and kind() == "cuda":
+        found.constants["maxnreg"] = table().registers
     with on(mu.device):
-        kernels.forward_kernel[(triton.cdiv(layout.rows, block_rows) * chunks,)](
-            mu_r.tensor,
-            x_r.tensor,
-            mu_p_r.tensor,
-            x_p_r.tensor,
+        kernels.forward_kernel[found.grid](
+            *(o.tensor for o in layout.operands),
             call.seed,
             eps,
             z,
             target,
             layout.rows,
             layout.cols,
-            chunks,
+            found.chunks,
+            n,
             samples,
-            per_seed,
+            found.per_seed,
             layout.nest,
             *flat(layout.operands),
             **constants(spec, mu.dtype),
-            ELEMENTWISE=not summed,
-            NOISE=noise,
-            NEST=layout.nest > 1,
-            ROWS=block_rows,
-            BLOCK=block,
-            **OPTIONS,
+            **layout_constants(layout),
+            **found.constants,
+            ELEMENTWISE=kls is None,
         )
         if target is not kl and kl is not None:
-            size = min(triton.next_power_of_2(parts), 1024)
-            kernels.row_sum_kernel[(kl.numel(),)](target, kl, parts, BLOCK=size, **OPTIONS)
+            size = min(power_of_2(parts), 1024)
+            kernels.row_sum_kernel[(kl.numel(),)](target, kl, parts, BLOCK=size, num_warps=4, enable_fp_fusion=False)
     return z, kl
 
 
@@ -225,52 +365,44 @@ def launch_backward(
 ) -> None:
     spec, n = call.spec, mu.numel()
     samples = math.prod(spec.sample_shape)
-    summed = dkl is not None and spec.event_ndim > 0
-    seeds = call.seed.numel() if call.seed is not None else 1
-    kl_cols = n // dkl.numel() if dkl is not None and summed else None
-    whole = dz  # [samples, *mu.shape]
-    if dz is not None:
-        whole = dz.reshape(samples, *mu.shape)
-    first = whole[0] if whole is not None and samples > 0 else None
-    layout = Layout(
-        n, [mu, x, *expanded_prior(call, mu.shape), first, dmu if dmu is not None else dx], n // seeds, kl_cols
-    )
-    per_seed = n // seeds // layout.cols
-    noisy = first is not None
-    noise = noise_mode(layout, per_seed, samples, call, noisy)
-    block_rows, block, chunks = tile_of(layout, noise)
-    per_kl = layout.rows // dkl.numel() if dkl is not None and summed else 1
+    kls = dkl.numel() if dkl is not None and spec.event_ndim > 0 else None
+    whole = None if dz is None or samples == 0 else dz.reshape(samples, *mu.shape)
+    first = None if whole is None else whole[0]
+    eps = None if call.eps is None else call.eps.contiguous()
+    dkl = None if dkl is None else dkl.contiguous()
+    operands = [mu, x, *expanded_prior(call, mu.shape), first, dmu if dmu is not None else dx]
+    also = [eps, dx, dmu_p, dx_p, dkl if kls is None else None]
+    found = cut(call, mu, operands, kls, first is not None, also, 0 if whole is None else whole.stride(0))
+    layout = found.layout
     *inputs, dz_r, out_r = layout.operands
-    if whole is not None and first is not None and dz_r.tensor is not first:
+    if whole is not None and dz_r.tensor is not first:
         whole = whole.contiguous()  # the layout copied one sample; all of them lie like that now
     with on(mu.device):
-        kernels.backward_kernel[(triton.cdiv(layout.rows, block_rows) * chunks,)](
+        kernels.backward_kernel[found.grid](
             *(o.tensor for o in inputs),
             call.seed,
-            None if call.eps is None else call.eps.contiguous(),
-            whole if noisy else None,
-            None if dkl is None else dkl.contiguous(),
+            eps,
+            whole,
+            dkl,
             dmu,
             dx,
             dmu_p,
             dx_p,
             layout.rows,
             layout.cols,
-            chunks,
+            found.chunks,
+            n,
             samples,
-            per_seed,
-            per_kl,
+            found.per_seed,
+            1 if kls is None or layout.inner else layout.rows // kls,
             layout.nest,
             *flat(inputs),
-            whole.stride(0) if whole is not None else 0,
+            0 if whole is None else whole.stride(0),
             *flat([dz_r]),
             out_r.outer,
             out_r.step,
             **constants(spec, mu.dtype),
-            ELEMENTWISE=not summed,
-            NOISE=noise,
-            NEST=layout.nest > 1,
-            ROWS=block_rows,
-            BLOCK=block,
-            **OPTIONS,
+            **layout_constants(layout),
+            **found.constants,
+            ELEMENTWISE=kls is None,
         )

@@ -1,0 +1,150 @@
+"""The launches whose machine code the gates look at. python -m tests.gpu_variants main sm_90: their counts as JSON.
+
+A process of its own, since the interpreter that the other tests run in cannot compile.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+import reparam_kernels as rk
+from reparam_kernels.backends.kernels import root
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+class Variant(NamedTuple):
+    name: str
+    elements: int
+    call: Callable[[], object]
+
+
+def latent(shape, dtype, kl_only=False, packed=False, prior=None, **options):
+    """One op, forward and backward."""
+    leaf = partial(torch.zeros, dtype=DTYPES[dtype], requires_grad=True)
+    leaves = [leaf(2 * shape[0], *shape[1:])] if packed == 0 and packed is not False else [leaf(shape), leaf(shape)]
+    pair = None
+    if packed is not False:
+        moments = leaf(*(2 * n if i == packed else n for i, n in enumerate(shape)))
+        z, kl = rk.DiagonalGaussian.from_moments(moments, packed).rsample_kl(seed=1)
+        return torch.autograd.grad((z, kl), moments, (torch.zeros(z.shape, dtype=z.dtype), torch.zeros(kl.shape)))
+    if prior == "tensors":
+        leaves += [leaf(shape), leaf(shape)]
+        pair = tuple(leaves[2:])
+    elif prior is not None:
+        pair = prior
+    if kl_only:
+        out = [rk.kl_divergence(*leaves[:2], prior=pair, **options)]
+    else:
+        options.setdefault("seed", 1)
+        out = list(rk.reparameterize_kl(*leaves[:2], prior=pair, **options))
+    return torch.autograd.grad(out, leaves, [torch.zeros(t.shape, dtype=t.dtype) for t in out])
+
+
+def variant(name, shape, dtype, **options) -> Variant:
+    n = torch.Size(shape).numel()
+    for size in options.get("sample_shape", ()):
+        n *= size
+    return Variant(f"{name} {dtype}", n, partial(latent, shape, dtype, **options))
+
+
+def main() -> Iterator[Variant]:
+    """What every change must keep: the default suite compiles these."""
+    for dtype in ("float32", "bfloat16"):
+        yield Variant(f"noise {dtype}", 2**20, partial(rk.randn, 2**20, seed=1, dtype=DTYPES[dtype]))
+        yield variant("latent", (4096, 128), dtype)
+        yield variant("latent, prior", (4096, 128), dtype, prior="tensors")
+        yield variant("kl alone", (4096, 128), dtype, kl_only=True)
+    yield variant("latent, a row a program", (512, 2048), "float32")
+    yield variant("latent, D of 20", (408 * 10, 20), "float32")
+    yield variant("latent, D of 4097", (16, 4097), "float32")
+
+
+def every() -> Iterator[Variant]:
+    yield from main()
+    for dtype in DTYPES:
+        for param in ("logvar", "logstd", "std", "softplus"):
+            for prior in (None, "tensors"):
+                yield variant(f"{param}{', prior' if prior else ''}", (1024, 256), dtype, param=param, prior=prior)
+    for dtype in ("float32", "bfloat16", "float16"):
+        seeds = torch.arange(1024)
+        yield variant("numbers as prior", (1024, 256), dtype, prior=(0.5, -1.0))
+        yield variant("clamp", (1024, 256), dtype, clamp=(-5.0, 5.0))
+        yield variant("elementwise", (1024, 256), dtype, event_ndim=0)
+        yield variant("samples", (1024, 256), dtype, sample_shape=(4,))
+        yield variant("seeds", (1024, 256), dtype, seed=seeds)
+        yield variant("seeds, odd D", (1024, 255), dtype, seed=seeds)
+        yield variant("seeds, odd D, samples", (1024, 255), dtype, seed=seeds, sample_shape=(3,))
+        yield variant("packed channels", (16, 4, 32, 32), dtype, packed=1)
+        yield variant("packed, D of 20", (1024, 20), dtype, packed=1)
+        yield variant("odd D", (4096, 5), dtype)
+        yield variant("huge rows", (16, 65536), dtype)
+
+
+def counts(variants: Iterator[Variant], target: str) -> list[dict]:
+    from bench.compiled import census, compiling
+
+    found = []
+    for v in variants:
+        with compiling(target) as launches:
+            v.call()
+        for launch in launches:
+            c = census(launch, v.elements)
+            found.append({"variant": v.name, "vector": launch.constants.get("VEC"), **c._asdict()})
+    return found
+
+
+@triton.jit
+def root_kernel(x_ptr, y_ptr, INLINE: tl.constexpr):
+    i = tl.arange(0, 128)
+    tl.store(y_ptr + i, root(tl.load(x_ptr + i), INLINE))
+
+
+def formula(lines) -> str:
+    """What SASS stores, as an expression of what it loads."""
+    value, stored = {}, ""
+    for line in lines:
+        op, *operands = re.sub(r"^@!?U?P\w+\s+", "", line).replace(".reuse", "").replace(",", " ").split()
+        op = op.removesuffix(".FTZ")
+
+        def product(a, b):
+            sign = "-" * ((a.startswith("-") + b.startswith("-")) % 2)
+            return sign + "*".join(sorted(value.get(r.lstrip("-"), r.lstrip("-")) for r in (a, b)))
+
+        if op.startswith("LDG"):
+            value[operands[0]] = "x"
+        elif op == "MUFU.RSQ":
+            value[operands[0]] = f"rsq({value[operands[1]]})"
+        elif op == "FMUL":
+            value[operands[0]] = f"({product(*operands[1:])})"
+        elif op == "FFMA":
+            value[operands[0]] = f"fma({product(*operands[1:3])}, {value.get(operands[3], operands[3])})"
+        elif op.startswith("STG"):
+            stored = value.get(operands[-1], operands[-1])
+    return stored
+
+
+def roots(target: str) -> list[str]:
+    """The square root as the kernels write it, and as ptxas does."""
+    from bench.compiled import compiling, disassembled, hot_path
+
+    found = []
+    for inline in (True, False):
+        with compiling(target) as launches:
+            root_kernel[(1,)](torch.zeros(128), torch.zeros(128), INLINE=inline, num_warps=4, enable_fp_fusion=False)
+        found.append(formula(hot_path(disassembled(launches[0])[0])))
+    return found
+
+
+if __name__ == "__main__":
+    which, target = sys.argv[1:]
+    json.dump(
+        roots(target) if which == "roots" else counts({"main": main, "every": every}[which](), target), sys.stdout
+    )

@@ -1,0 +1,197 @@
+"""Every address of every access lies in its buffer, and every output element is written exactly once.
+
+The interpreter's loads and stores are watched: each active lane's address must lie in one of the tensors that the call
+owns, at an element of it; stores are counted. A wide margin of poison lies around every input, besides.
+"""
+
+import math
+import mmap
+
+import numpy as np
+import pytest
+import torch
+from triton.runtime import interpreter
+
+import reparam_kernels as rk
+from reparam_kernels.backends import triton as launcher
+from tests.conftest import forget, use_backend
+
+MARGIN = 4096  # elements of poison on either side of an input
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """The addresses that the kernels read and wrote, and the tensors that the launcher made."""
+    use_backend(monkeypatch, "triton")
+    seen = {"reads": [], "writes": []}
+    load, store = interpreter.InterpreterBuilder.create_masked_load, interpreter.InterpreterBuilder.create_masked_store
+
+    def note(kind, ptrs, mask):
+        at = np.broadcast_to(ptrs.data, mask.data.shape)[mask.data.astype(bool)]
+        seen[kind].append(at.astype(np.uint64).ravel())
+
+    def watched_load(self, ptrs, mask, other, *rest):
+        note("reads", ptrs, mask)
+        return load(self, ptrs, mask, other, *rest)
+
+    def watched_store(self, ptrs, value, mask, *rest):
+        note("writes", ptrs, mask)
+        return store(self, ptrs, value, mask, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", watched_load)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", watched_store)
+    made = []
+    make = torch.Tensor.new_empty
+
+    def kept(*args, **kwargs):
+        t = make(*args, **kwargs)
+        if t.numel():  # the interpreter makes empty ones, to see the same memory
+            made.append(t)
+        return t
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", kept)
+    yield seen, made
+    forget()
+
+
+def fenced(shape, dtype, offset=0, pitch=None, seed=0):
+    """A tensor between margins of poison, `offset` elements past an aligned address, its rows `pitch` apart."""
+    width = shape[-1]
+    pitch = pitch or width
+    rows = math.prod(shape[:-1])
+    base = torch.full((2 * MARGIN + offset + rows * pitch,), math.nan, dtype=dtype)
+    t = base[MARGIN + offset :].as_strided((rows, width), (pitch, 1))
+    g = torch.Generator().manual_seed(seed)
+    t.copy_(torch.randn(rows, width, generator=g) * 0.5)
+    return t.view(shape) if pitch == width else t
+
+
+def addresses(t):
+    """The address of every element of a tensor."""
+    at = torch.zeros(t.shape, dtype=torch.int64)
+    for i, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
+        step = torch.arange(size) * stride * t.element_size()
+        at += step.view(-1, *[1] * (t.dim() - i - 1))
+    return (at + t.data_ptr()).numpy().astype(np.uint64).ravel()
+
+
+def audit(seen, inputs, outputs, scratch):
+    """Reads lie in inputs, outputs' scratch or the seed; each output element is written once, and nothing else is."""
+    known = np.unique(np.concatenate([addresses(t) for t in (*inputs, *scratch) if t.numel()]))
+    read = np.unique(np.concatenate(seen["reads"]))
+    assert np.isin(read, known, assume_unique=True).all(), "a read outside of every input"
+    written = np.concatenate(seen["writes"])
+    expected = np.concatenate([addresses(t) for t in (*outputs, *scratch)])
+    np.testing.assert_array_equal(np.sort(written), np.sort(expected), err_msg="not every element once, and no other")
+
+
+def check(watched, shape, dtype=torch.float32, offsets=(0, 0, 0), pitch=None, samples=(), **options):
+    seen, made = watched
+    mu = fenced(shape, dtype, offsets[0], pitch).requires_grad_()
+    x = fenced(shape, dtype, offsets[1], pitch, seed=1).requires_grad_()
+    dz = fenced((*samples, *mu.shape), dtype, offsets[2], seed=2)
+    seed = options.pop("seed", torch.tensor([7]))
+    made.clear()
+    z, kl = rk.reparameterize_kl(mu, x, seed=seed, sample_shape=samples, **options)
+    scratch = [t for t in made if t.data_ptr() not in (z.data_ptr(), kl.data_ptr())]
+    audit(seen, [mu, x, seed], [z, kl], scratch)
+    assert not z.isnan().any()
+    assert not kl.isnan().any()
+    for part in seen.values():
+        part.clear()
+    dkl = torch.ones_like(kl)
+    dmu, dx = torch.autograd.grad((z, kl), (mu, x), (dz, dkl))
+    audit(seen, [mu, x, seed, dz, dkl], [dmu, dx], [])
+    assert not dmu.isnan().any()
+    assert not dx.isnan().any()
+
+
+WIDTHS = [1, 3, 4, 5, 20, 127, 128, 1000, 4097]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 37])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rows_of_any_width(watched, width, rows):
+    rows = min(rows, 5) if width > 4000 else rows
+    check(watched, (rows, width))
+
+
+@pytest.mark.parametrize("width", [3, 5, 20, 128, 1029])
+def test_rows_that_lie_apart(watched, width):
+    check(watched, (9, width), pitch=width + 13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("offset", range(16))
+def test_every_alignment(watched, offset, dtype):
+    check(watched, (6, 64), dtype, offsets=(offset, 3 * offset % 16, 5 * offset % 16))
+
+
+@pytest.mark.parametrize("width", [4, 5, 20, 127, 1030])
+def test_seeds_and_samples(watched, width):
+    check(watched, (6, width), samples=(3,), seed=torch.arange(6))
+    for part in watched[0].values():
+        part.clear()
+    check(watched, (6, width), samples=(2,))
+
+
+@pytest.mark.parametrize("event_ndim", [0, 2, 3])
+def test_elementwise_and_whole(watched, event_ndim):
+    check(watched, (3, 5, 28), event_ndim=event_ndim)
+
+
+def test_no_rows_launch_nothing(watched):
+    z, kl = rk.reparameterize_kl(torch.zeros(0, 5), torch.zeros(0, 5), seed=1)
+    assert z.shape == (0, 5)
+    assert kl.shape == (0,)
+    assert watched[0] == {"reads": [], "writes": []}
+
+
+@pytest.mark.parametrize("shape", [(37, 20), (3, 2100), (5000,), (4, 3, 5)], ids=str)
+def test_a_folded_grid_computes_the_same(monkeypatch, shape):
+    """As where x cannot hold all programs, with a small limit."""
+    use_backend(monkeypatch, "triton")
+    mu, x = (fenced(shape, torch.float32, seed=i).requires_grad_() for i in range(2))
+    seed = torch.arange(shape[0]) if len(shape) == 3 else torch.tensor([7])
+
+    def run():
+        z, kl = rk.reparameterize_kl(mu, x, seed=seed)
+        return z, kl, *torch.autograd.grad((z, kl), (mu, x), (z.detach(), kl.detach()))
+
+    plain = run()
+    monkeypatch.setattr(launcher, "LIMIT", 0)
+    monkeypatch.setattr(launcher, "FOLD", 4)
+    for got, want in zip(run(), plain, strict=True):
+        assert torch.equal(got, want)
+    forget()
+
+
+def test_rows_that_lie_more_than_2_to_the_31_apart(watched):
+    """Pages of a mapping that are not touched take no memory."""
+    apart = 2**30
+    held = torch.frombuffer(mmap.mmap(-1, 4 * (2 * apart + 20)), dtype=torch.float32)
+    mu = held.as_strided((3, 20), (apart, 1))
+    mu.copy_(torch.randn(3, 20))
+    x = torch.randn(3, 20)
+    z, kl = rk.reparameterize_kl(mu, x, seed=5)
+    same = rk.reparameterize_kl(mu.clone(), x, seed=5)
+    assert torch.equal(z, same[0])
+    assert torch.equal(kl, same[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "width"), [(65537, 3), (65536, 20), (5, 65536), (3, 65537)])
+def test_many_rows_and_huge_rows(watched, rows, width):
+    check(watched, (rows, width))
+
+
+def test_the_audit_sees_a_stray_read_and_a_second_write(watched):
+    seen, _ = watched
+    t, out = torch.zeros(8), torch.zeros(8)
+    rk.reparameterize(t, t, seed=torch.tensor([1]))
+    with pytest.raises(AssertionError, match="a read outside"):
+        audit(seen, [t[:7]], [out], [])
+    seen["reads"][:] = [addresses(t)]
+    seen["writes"][:] = [addresses(out), addresses(out)[:1]]
+    with pytest.raises(AssertionError, match="not every element once"):
+        audit(seen, [t], [out], [])

@@ -1,0 +1,78 @@
+"""The self-test passes where the backend is right, and names what is wrong where it is not."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import reparam_kernels as rk
+from reparam_kernels import selftest
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("check", selftest.CHECKS, ids=lambda check: check.__name__)
+def test_every_check_passes_or_says_why_it_cannot_run(backend, check):
+    if check.__name__ in ("large", "graph", "streams", "second_device", "launches"):
+        with pytest.raises(selftest.Skip, match="CUDA"):
+            list(check(CPU))
+    else:
+        assert list(check(CPU)) == []
+
+
+def test_a_wrong_bit_is_found(monkeypatch):
+    right = rk.randn
+
+    def wrong(*args, **options):
+        out = right(*args, **options)
+        out.view(-1)[0] *= 1 + 2**-23
+        return out
+
+    monkeypatch.setattr(rk, "randn", wrong)
+    eps = next(r for r in selftest.run(CPU) if r.name == "eps")
+    assert eps.verdict == "FAILED"
+    assert "1 of " in eps.detail
+
+
+def test_a_wrong_gradient_and_a_wrong_z_are_found(monkeypatch):
+    right = rk.reparameterize_kl
+
+    def wrong(mu, x, **options):
+        z, kl = right(mu, x, **options)
+        return z + x * 1e-3, kl
+
+    monkeypatch.setattr(rk, "reparameterize_kl", wrong)
+    found = {r.name: r for r in selftest.run(CPU)}
+    assert found["z"].verdict == found["gradients"].verdict == "FAILED"
+    assert "other bits" in found["z"].detail
+    assert "dx" in found["gradients"].detail
+
+
+def test_a_check_that_breaks_is_a_failure(monkeypatch):
+    def broken(device):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(selftest, "CHECKS", [broken])
+    (result,) = selftest.run(CPU)
+    assert (result.verdict, result.detail) == ("FAILED", "RuntimeError: out of memory")
+
+
+def command(**env):
+    full = {k: v for k, v in os.environ.items() if not k.startswith(("REPARAM_", "TRITON_"))} | env
+    run = [sys.executable, "-m", "reparam_kernels", "selftest", "--device", "cpu"]
+    return subprocess.run(run, capture_output=True, text=True, env=full)
+
+
+def test_the_command_prints_a_table_and_exits_well():
+    done = command()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "selftest of the cpu backend on cpu" in done.stdout
+    assert "5 passed, 0 failed, 5 skipped" in done.stdout
+
+
+def test_without_kernels_there_is_nothing_to_test():
+    done = command(REPARAM_BACKEND="reference")
+    assert done.returncode == 1
+    assert "nothing to test" in done.stdout
