@@ -1,7 +1,10 @@
 """Every example in a docstring or in the README runs and prints what it says."""
 
 import doctest
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -63,3 +66,10 @@ def test_pages_name_tests_that_exist(page):
 def test_pictures_and_relative_links_of_a_page_exist(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_the_api_page_is_the_docstrings():
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs/api.py", "--check"], env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0
