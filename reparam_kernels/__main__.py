@@ -1,6 +1,7 @@
 """python -m reparam_kernels: what this installation runs, and why something is missing. selftest: whether it works."""
 
 import argparse
+import os
 import platform
 import sys
 from importlib import metadata
@@ -24,7 +25,9 @@ def cpu_line() -> str:
     from . import _C
 
     threads = f"OpenMP, {torch.get_num_threads()} threads" if _C.has_openmp() else "serial: built without OpenMP"
-    return f"C++, {_C.isa()} of {', '.join(_C.available())} ({threads})"
+    forced = os.environ.get("REPARAM_CPU_ISA")
+    why = f"forced by REPARAM_CPU_ISA={forced}" if forced else "the best that this CPU has"
+    return f"C++, {_C.isa()}: {why}, of {', '.join(_C.available())} ({threads})"
 
 
 def triton_line() -> str:

@@ -82,6 +82,11 @@ def test_report_names_versions_backends_and_instruction_set():
         assert word in out
 
 
+def test_report_says_why_an_instruction_set_runs():
+    for forced, why in ((None, "the best that this CPU has"), ("baseline", "baseline: forced by REPARAM_CPU_ISA")):
+        assert why in python("import reparam_kernels.__main__ as m; m.report()", REPARAM_CPU_ISA=forced)
+
+
 def test_a_forked_child_samples_without_hanging():
     """OpenMP's threads do not survive a fork; the child must not wait for them."""
     code = """
