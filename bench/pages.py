@@ -16,6 +16,7 @@ PEERS = {
     "compile": "torch.compile",
     "compile fallback": "torch.compile, fallback_random",
 }
+LIMITS = {"of copy": "of_bandwidth", "of noise": "of_noise"}
 Row = dict[str, str]
 
 
@@ -24,8 +25,8 @@ def read(folder: str) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def ratios(rows: list[Row], *names: str) -> str:
-    """A line a case: our time, how much of the two limits it reaches, and how many times as long each peer takes."""
+def ratios(rows: list[Row], *names: str, limits: dict[str, str] = LIMITS) -> str:
+    """A line a case: our time, how many times as long each peer takes, and how much of the limits we reach."""
     cases: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if row["op"] not in ("noise", "step"):
@@ -33,16 +34,16 @@ def ratios(rows: list[Row], *names: str) -> str:
     present = {row["provider"] for row in rows}
     peers = {key: name for key, name in PEERS.items() if key in present}
     lines = [
-        "| " + " | ".join((*names, "mu", "pass", "ours", *peers.values(), "of copy", "of noise")) + " |",
-        "|---" * (len(names) + 5 + len(peers)) + "|",
+        "| " + " | ".join((*names, "mu", "pass", "ours", *peers.values(), *limits)) + " |",
+        "|---" * (len(names) + 3 + len(peers) + len(limits)) + "|",
     ]
     for (*which, size, passes), by in cases.items():
         ours = by["ours"]
         time = float(ours["us_q50"])
         shown = f"{time:.0f} us" if time < 1e4 else f"{time / 1e3:.1f} ms"
         times = [f"{float(by[peer]['ratio_to_ours']):.1f}x" if peer in by else "" for peer in peers]
-        limits = [f"{float(ours[k]):.0%}" if ours[k] else "" for k in ("of_bandwidth", "of_noise")]
-        lines.append("| " + " | ".join((*which, size.replace("x", " x "), passes, shown, *times, *limits)) + " |")
+        reached = [f"{float(ours[k]):.0%}" if ours[k] else "" for k in limits.values()]
+        lines.append("| " + " | ".join((*which, size.replace("x", " x "), passes, shown, *times, *reached)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -56,13 +57,14 @@ def conditions(rows: list[Row]) -> str:
     )
 
 
-def main_op() -> str:
+def short() -> str:
+    """For the first page: three sizes, the noise, whole training steps."""
     rows = read("")
     noise = [row for row in rows if row["op"] == "noise" and row["provider"] == "torch.randn"]
     steps = [row for row in rows if row["op"] == "step" and row["provider"] == "eager"]
     return "\n".join(
         (
-            ratios(rows),
+            ratios([row for row in rows if row["size"] in ("128x20", "512x128", "1024x1024")], limits={}),
             conditions(rows),
             "torch.randn against rk.randn: "
             + ", ".join(f"{row['size'].replace('x', ' x ')} {float(row['ratio_to_ours']):.1f}x" for row in noise)
@@ -86,7 +88,8 @@ def scaling() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "main": main_op,
+    "short": short,
+    "main": lambda: ratios(read("")) + "\n" + conditions(read("")),
     "ops": lambda: ratios(read("ops") + read("packed"), "op"),
     "half": lambda: ratios(read("half"), "dtype"),
     "avx2": lambda: ratios(read("avx2")) + "\n" + conditions(read("avx2")),
