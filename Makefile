@@ -5,6 +5,7 @@ PIP_ARGS ?=
 RUN = $(VENV)/bin/python
 DEMO_ARGS ?= --impl both --epochs 150
 WHY_ARGS ?=
+BENCH_ARGS ?=
 
 .PHONY: demo parity why test test-slow test-arm test-gpu-code test-integrations bench lint clean
 

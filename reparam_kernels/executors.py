@@ -26,11 +26,19 @@ def run(call: Call) -> tuple[Tensor | None, Tensor | None]:
     if modes.recording() or not _PLAIN.issuperset(map(type, call[:-1])):
         refuse_distributed(call)
         return library.forward(call)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:4]):
+    if torch.is_grad_enabled() and learns(call):
         z, kl = Latent.apply(call, *call[:4])  # type: ignore[no-untyped-call]
     else:
         z, kl = backend.forward(call)
     return z, kl
+
+
+def learns(call: Call) -> bool:
+    """Some input requires a gradient."""
+    mu, x, mu_p, x_p = call[:4]
+    if mu.requires_grad or (x is not None and x.requires_grad):
+        return True
+    return mu_p is not None and x_p is not None and (mu_p.requires_grad or x_p.requires_grad)
 
 
 def through_formula(call: Call) -> tuple[Tensor | None, Tensor | None]:
