@@ -1,0 +1,87 @@
+"""Each family's script: the lines before and ours give the same first step, and training makes use of the latents."""
+
+import importlib
+import re
+import runpy
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy
+
+import reparam_kernels as rk
+from examples.vae.data import load
+
+FAMILIES = ("plain", "distributions", "hierarchical", "packed", "recurrent")
+WAYS = [(family, way) for family in FAMILIES for way in ("before", "after")] + [("packed", "adapter")]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load()
+
+
+@pytest.fixture
+def one_noise(monkeypatch):
+    """Torch's draws are ours: from one state of its generator the lines before and ours get one eps."""
+    normal = torch.distributions.normal
+    monkeypatch.setattr(torch, "randn", rk.randn)
+    monkeypatch.setattr(torch, "randn_like", lambda t: rk.randn(t.shape, dtype=t.dtype))
+    monkeypatch.setattr(normal, "_standard_normal", lambda shape, dtype, device: rk.randn(shape, dtype=dtype))
+
+
+def first_step(family, way, x, scale):
+    """Loss, ELBO and the gradient in every weight, from weights and a generator that are always the same."""
+    script = importlib.import_module(f"examples.families.{family}")
+    make = script.RSSM if family == "recurrent" else script.VAE
+    if family == "distributions":
+        way = {"before": "TorchNormal", "after": "Normal"}[way]
+    torch.manual_seed(0)
+    model = make(getattr(script, way)).to(x.dtype)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(scale)
+    terms = model(x)
+    terms.loss.backward()
+    return *terms, {name: weight.grad for name, weight in model.named_parameters()}
+
+
+# At weights as they start the hierarchy's free bits hold the upper layer's KL; at twice those, none.
+@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize(("family", "way"), WAYS)
+def test_the_first_step_is_that_of_the_lines_before_in_float64(digits, one_noise, family, way, scale):
+    x = digits.train[:64]
+    loss, elbo, gradients = first_step(family, way, x, scale)
+    true_loss, true_elbo, true_gradients = first_step(family, "before", x.double(), scale)
+    assert loss.item() == pytest.approx(true_loss.item(), rel=1e-6)
+    assert elbo.item() == pytest.approx(true_elbo.item(), rel=1e-6)
+    for name, true in true_gradients.items():
+        if (family, name, scale) != ("hierarchical", "p2", 1):  # only the KL, held by free bits, would move it
+            assert true.abs().max() > 0, name
+        error = (gradients[name].double() - true).abs().max()
+        assert error <= 5e-6 * true.abs().max(), name
+
+
+def test_the_adapter_s_z_is_that_of_the_lines_before_to_the_bit():
+    from examples.families import packed
+
+    moments = torch.randn(8, 8, 2, 2)
+    torch.manual_seed(1)
+    z = packed.before(moments)[0]
+    torch.manual_seed(1)
+    assert torch.equal(packed.adapter(moments)[0], z)
+
+
+@pytest.mark.parametrize(("family", "way"), WAYS)
+def test_training_raises_the_held_out_elbo(digits, monkeypatch, capsys, family, way):
+    """Ours, above what the mean image gives every image: the bound of a decoder that does not look at z."""
+    mean_image = digits.train.mean(0).expand_as(digits.test)
+    without_z = -binary_cross_entropy(mean_image, digits.test, reduction="none").sum(1).mean().item()
+    module = f"examples.families.{family}"
+    flags = [] if way == "after" else [f"--{way}"]
+    monkeypatch.setattr(sys, "argv", [module, "--epochs", "10" if way == "after" else "1", *flags])
+    monkeypatch.delitem(sys.modules, module, raising=False)  # run_module warns of a module that is there already
+    runpy.run_module(module, run_name="__main__")
+    said = re.fullmatch(rf"{way}: held-out ELBO (\S+) at the start, (\S+) at the end, .*\n", capsys.readouterr().out)
+    start, end = map(float, said.groups())
+    assert end > (without_z if way == "after" else start + 1)
