@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 DEMO_ARGS ?= --impl both --epochs 150
 WHY_ARGS ?=
 
-.PHONY: demo parity why test test-slow test-arm test-integrations bench lint clean
+.PHONY: demo parity why test test-slow test-arm test-integrations quality bench lint clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m examples.vae $(DEMO_ARGS) --out out/vae
@@ -30,6 +30,10 @@ test-arm: $(VENV)/.ready
 # Beside the packages that the adapters are for, in an environment of its own; their warnings are theirs.
 test-integrations: $(VENV)-integrations/.ready
 	$(VENV)-integrations/bin/python -m pytest -m integrations -o filterwarnings=default tests/integrations
+
+# Minutes; a short form: make quality QUALITY_ARGS='--bits 28 --samples 4'. Debian: apt install dieharder
+quality: $(VENV)/.ready
+	$(RUN) -m tests.quality $(or $(QUALITY_ARGS),--out tests/reports/quality.md)
 
 lint: $(VENV)/.ready
 	$(RUN) -m pip install -q $(PIP_ARGS) -e '.[lint]'
