@@ -7,7 +7,7 @@ DEMO_ARGS ?= --impl both --epochs 150
 WHY_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: demo parity why test test-slow test-arm test-gpu-code test-integrations bench lint clean
+.PHONY: demo parity why test test-slow test-arm test-gpu-code test-integrations quality bench lint clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m examples.vae $(DEMO_ARGS) --out out/vae
@@ -34,6 +34,10 @@ test-integrations: $(VENV)-integrations/.ready
 
 test-gpu-code: $(VENV)/.ready
 	$(RUN) -m pytest tests/test_gpu_code.py -m 'gpu_code or not gpu_code'
+
+# Minutes; a short form: make quality QUALITY_ARGS='--bits 28 --samples 4'. Debian: apt install dieharder
+quality: $(VENV)/.ready
+	$(RUN) -m tests.quality $(or $(QUALITY_ARGS),--out tests/reports/quality.md)
 
 lint: $(VENV)/.ready
 	$(RUN) -m pip install -q $(PIP_ARGS) -e '.[lint]'

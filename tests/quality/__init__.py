@@ -1,0 +1,1 @@
+"""The random numbers, tested hard: `python -m tests.quality`. Minutes long, so not a part of the suite."""
