@@ -38,9 +38,6 @@ def test_docstring_has_its_parts_and_its_example_runs(thing):
     assert doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example).failed == 0
 
 
-PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
-
-
 def blocks(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S)
 
