@@ -1,5 +1,6 @@
 """The table from device to backend. A backend is a module with randn, forward and backward."""
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import modes
+
+with contextlib.suppress(ImportError):  # cpu_missing says why
+    from .. import _C  # noqa: F401  # now, since it must see every fork: csrc/dispatch.cpp
 
 NAMES = ("cpu", "triton", "reference")
 FORCED = os.environ.get("REPARAM_BACKEND")

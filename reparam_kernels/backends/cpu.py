@@ -10,7 +10,12 @@ from torch import Tensor
 from .. import _C
 from ..spec import Call, accumulate_dtype, expanded_prior, prior_gradient, unpacked
 
-_C.bind_tensor_type(torch.Tensor, torch.nn.Parameter)
+try:
+    _C.bind_tensor_type(torch.Tensor, torch.nn.Parameter)
+except (AttributeError, ValueError, RuntimeError) as error:  # another torch than this package is for
+    raise ImportError(
+        f"torch {torch.__version__} does not lend its tensors as the extension reads them: {error}"
+    ) from error
 if "REPARAM_CPU_ISA" in os.environ:
     _C.use(os.environ["REPARAM_CPU_ISA"])
 
