@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 DEMO_ARGS ?= --impl both --epochs 150
 WHY_ARGS ?=
 
-.PHONY: demo parity why test test-slow test-arm test-integrations bench lint clean
+.PHONY: demo parity why test test-slow test-arm test-integrations sanitize fuzz bench lint clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m examples.vae $(DEMO_ARGS) --out out/vae
@@ -30,6 +30,16 @@ test-arm: $(VENV)/.ready
 # Beside the packages that the adapters are for, in an environment of its own; their warnings are theirs.
 test-integrations: $(VENV)-integrations/.ready
 	$(VENV)-integrations/bin/python -m pytest -m integrations -o filterwarnings=default tests/integrations
+
+# Debian: apt install valgrind clang; what is not installed is left out, and the report says so.
+sanitize: $(VENV)/.ready
+	$(RUN) -m tests.sanitize
+	$(RUN) -m pytest -m 'slow or not slow' tests/test_hostile.py
+
+# 50,000 examples of the CPU kernels, 7,500 of Triton's in the interpreter, 12,500 of the noise.
+FUZZ_SEED ?= 2026
+fuzz: $(VENV)/.ready
+	FUZZ_DEPTH=125 $(RUN) -m pytest tests/test_properties.py --hypothesis-seed=$(FUZZ_SEED)
 
 lint: $(VENV)/.ready
 	$(RUN) -m pip install -q $(PIP_ARGS) -e '.[lint]'
