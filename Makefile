@@ -7,7 +7,7 @@ DEMO_ARGS ?= --impl both --epochs 150
 WHY_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: demo parity why test test-slow test-arm test-gpu-code test-integrations quality bench lint clean
+.PHONY: demo parity why test test-slow test-arm test-gpu-code test-integrations quality sanitize fuzz bench lint clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m examples.vae $(DEMO_ARGS) --out out/vae
@@ -38,6 +38,16 @@ test-gpu-code: $(VENV)/.ready
 # Minutes; a short form: make quality QUALITY_ARGS='--bits 28 --samples 4'. Debian: apt install dieharder
 quality: $(VENV)/.ready
 	$(RUN) -m tests.quality $(or $(QUALITY_ARGS),--out tests/reports/quality.md)
+
+# Debian: apt install valgrind clang; what is not installed is left out, and the report says so.
+sanitize: $(VENV)/.ready
+	$(RUN) -m tests.sanitize
+	$(RUN) -m pytest -m 'slow or not slow' tests/test_hostile.py
+
+# 50,000 examples of the CPU kernels, 7,500 of Triton's in the interpreter, 12,500 of the noise.
+FUZZ_SEED ?= 2026
+fuzz: $(VENV)/.ready
+	FUZZ_DEPTH=125 $(RUN) -m pytest tests/test_properties.py --hypothesis-seed=$(FUZZ_SEED)
 
 lint: $(VENV)/.ready
 	$(RUN) -m pip install -q $(PIP_ARGS) -e '.[lint]'

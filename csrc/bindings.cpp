@@ -34,6 +34,8 @@ void bind_tensor_type(py::type tensor, py::type parameter) {
                               ". Call the functions of reparam_kernels, which prepare every tensor.");
 }
 
+constexpr int64_t kMostElements = (int64_t)1 << 62;  // beyond it, problem.h's arithmetic would overflow
+
 struct View {
   dlpack::Tensor t{};
   const char* name = nullptr;  // null: None was passed
@@ -66,6 +68,11 @@ View view(const char* name, py::handle object) {
   if (v.t.device_type != dlpack::kCpu)
     refuse(name, "be on the CPU", "DLPack device " + std::to_string(v.t.device_type));
   if (v.t.ndim > kMaxDims) refuse(name, "have at most 64 dims", v.shape());
+  for (int64_t i = 0, n = 1; i < v.t.ndim; ++i) {  // a view without strides of its own may be of any size
+    if (__builtin_mul_overflow(n, v.t.shape[i], &n) || n > kMostElements)
+      refuse(name, "have at most 2**62 elements", v.shape());
+    if (n == 0) break;
+  }
   if (!v.t.data && v.numel() != 0) refuse(name, "have memory", "a null pointer for shape " + v.shape());
   v.t.data = (char*)v.t.data + v.t.byte_offset;
   return v;
@@ -306,6 +313,8 @@ PYBIND11_MODULE(_C, m) {
       .value("softplus", Param::softplus);
   py::class_<Options>(m, "Options")
       .def(py::init([](Param param, double min_std, bool clamped, double low, double high) {
+             if (param < Param::logvar || param > Param::softplus)  // Python may make an enum of any int
+               throw std::invalid_argument("reparam_kernels._C: param must be a member of Param; got another number.");
              return Options{param, min_std, clamped, low, high};
            }),
            py::arg("param"), py::arg("min_std"), py::arg("clamped"), py::arg("low"), py::arg("high"));

@@ -77,7 +77,7 @@ REPARAM_INLINE Exp exp_half(float lv) {
   const int32_t top = bits<int32_t>(12583166.f), i = bits<int32_t>(fma(l, .721347520f, 12583039.f));
   const float t = bits<float>(i < top ? i : top);  // as integers: a positive float's order, in one instruction
   const float n = t - 12583039.f, r = fma(n, -1.38629436f, l), r2 = r * r;
-  const float scale = bits<float>(bits<int32_t>(t) << 23);
+  const float scale = bits<float>(bits<uint32_t>(t) << 23);
   const float q2 = horner(r, 2.172787572e-5f, 2.613425895e-4f, 2.604172565e-3f, 2.083322406e-2f, .125f) * r2;
   const float q = fma(.5f, r, q2);
   return {fma(q, scale, scale), fma(q, scale, scale - 1.f), q2, n};
@@ -95,8 +95,8 @@ struct Split {
   float e, h;
 };
 REPARAM_INLINE Split split(float u, float w) {
-  const int32_t e = (bits<int32_t>(u) - 0x3f3504f3) >> 23;
-  const float scale = bits<float>((127 - e) << 23);
+  const int32_t e = (int32_t)(bits<uint32_t>(u) - 0x3f3504f3u) >> 23;
+  const float scale = bits<float>((uint32_t)(127 - e) << 23);
   return {(float)e, fma(w, scale, scale - 1.f)};
 }
 
@@ -115,7 +115,7 @@ REPARAM_INLINE float log(float u) {
   const bool tiny = u < 0x1p-126f;
   const float v = tiny ? u * 0x1p24f : u;
   Split s = split(v, v - 1.f);
-  s.h = fma(v, bits<float>((127 - (int32_t)s.e) << 23), -1.f);
+  s.h = fma(v, bits<float>((uint32_t)(127 - (int32_t)s.e) << 23), -1.f);
   s.e -= tiny ? 24.f : 0.f;
   return u > 0.f ? (u < kInf ? log1p(s) : u) : (u == 0.f ? -kInf : kNan);
 }

@@ -1,0 +1,310 @@
+// The kernels on hostile calls: each input is a string of bytes that decides op, options, shapes, strides, dtypes,
+// seeds, threads and contents. Every buffer has its exact size, so that a sanitizer sees any step beyond it. Each call
+// runs for every instruction set and twice: outputs must not depend on what they held (every element is written), nor
+// on threads; memory between them and inputs must stay as they were.
+// With clang's -fsanitize=fuzzer, libFuzzer chooses the bytes. Else -DFUZZ_MAIN: `fuzz COUNT SEED`.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "dispatch.h"
+
+using namespace reparam;
+
+namespace {
+
+#define MUST(x) ((x) ? (void)0 : (std::fprintf(stderr, "fuzz.cpp:%d: %s\n", __LINE__, #x), std::abort()))
+
+uint64_t mix(uint64_t& state) {  // splitmix64
+  uint64_t x = state += 0x9E3779B97F4A7C15u;
+  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+  return x ^ x >> 31;
+}
+
+struct Bytes {
+  const uint8_t* data;
+  size_t size;
+
+  int byte() { return size ? (--size, *data++) : 0; }
+  int below(int n) { return byte() % n; }
+  bool flip() { return byte() & 1; }
+  uint64_t word() {
+    uint64_t x = 0;
+    for (int i = 0; i < 8; ++i) x = x << 8 | (uint64_t)byte();
+    return x;
+  }
+  double real() {
+    const double usual[] = {0, 1, -1, .5, 1e-4, 2, -30, 20, 1e300, -1e300, 1e-310};
+    if (flip()) return usual[below(11)];
+    const uint64_t x = word();
+    double y;
+    std::memcpy(&y, &x, 8);
+    return y;
+  }
+};
+
+int width(Dtype d) { return d == Dtype::f64 ? 8 : d == Dtype::f32 ? 4 : 2; }
+
+using Shape = std::vector<int64_t>;
+
+int64_t product(const Shape& shape) {
+  int64_t n = 1;
+  for (int64_t size : shape) n *= size;
+  return n;
+}
+
+// A tensor in a heap buffer that ends where its last element ends.
+struct Tensor {
+  Shape shape, stride;
+  Dtype dtype;
+  int64_t low = 0, high = 0;  // offsets of the outermost elements
+  std::unique_ptr<uint8_t[]> memory;
+
+  size_t bytes() const { return product(shape) ? (size_t)((high - low + 1) * width(dtype)) : 0; }
+
+  // Row-major, with gaps where asked; inputs also transposed, repeated (stride 0) and backwards.
+  Tensor(Bytes& in, const Shape& shape, Dtype dtype, bool gaps, bool wild)
+      : shape(shape), stride(shape.size()), dtype(dtype) {
+    std::vector<int> order(shape.size());
+    for (size_t i = 0; i < order.size(); ++i) order[i] = (int)i;
+    if (wild)
+      for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[(size_t)in.below((int)i)]);
+    int64_t step = gaps ? 1 + in.below(3) : 1;
+    for (size_t i = order.size(); i-- > 0;) {
+      const int kind = wild ? in.below(8) : 7;
+      stride[order[i]] = kind == 0 ? 0 : kind == 1 ? -step : step;
+      step *= std::max<int64_t>(shape[order[i]], 1);
+      if (gaps) step += in.below(4);
+    }
+    for (size_t i = 0; i < shape.size(); ++i) (stride[i] < 0 ? low : high) += (shape[i] - 1) * stride[i];
+    memory.reset(new uint8_t[bytes()]);
+  }
+
+  void fill(uint64_t state, bool wild) {
+    for (size_t at = 0; at < bytes(); at += (size_t)width(dtype)) {
+      const uint64_t word = mix(state);
+      const double tame = (double)(int64_t)(word >> 11) * 0x1p-51 - 2;  // in [-2, 2)
+      const float narrow = (float)tame;
+      uint32_t top;
+      std::memcpy(&top, &narrow, 4);
+      const uint16_t half = (uint16_t)(dtype == Dtype::bf16 ? top >> 16 : 0x3000 | (word & 0x8fff));
+      const void* from = wild                     ? (const void*)&word
+                         : dtype == Dtype::f64    ? (const void*)&tame
+                         : dtype == Dtype::f32    ? (const void*)&narrow
+                                                  : (const void*)&half;
+      std::memcpy(memory.get() + at, from, (size_t)width(dtype));
+    }
+  }
+
+  // As the binding makes it: dims of one element dropped, neighbours merged.
+  Operand operand() const {
+    Operand o;
+    o.data = bytes() ? memory.get() - low * width(dtype) : nullptr;
+    o.dtype = dtype;
+    for (size_t i = 0; i < shape.size(); ++i) {
+      if (shape[i] == 1) continue;
+      if (o.ndim > 0 && o.stride[o.ndim - 1] == shape[i] * stride[i]) {
+        o.size[o.ndim - 1] *= shape[i];
+        o.stride[o.ndim - 1] = stride[i];
+      } else {
+        o.size[o.ndim] = shape[i];
+        o.stride[o.ndim++] = stride[i];
+      }
+    }
+    return o;
+  }
+
+  // The byte offset of element i, in row-major order.
+  size_t offset(int64_t i) const {
+    int64_t at = -low;
+    for (size_t k = shape.size(); k-- > 0; i /= shape[k]) at += i % shape[k] * stride[k];
+    return (size_t)(at * width(dtype));
+  }
+
+  bool is_zero(const uint8_t* at) const {
+    uint64_t x = 0;
+    std::memcpy(&x, at, (size_t)width(dtype));
+    return (x & (((uint64_t)1 << (8 * width(dtype) - 1)) - 1)) == 0;
+  }
+
+  bool is_nan(const uint8_t* at) const {
+    uint64_t x = 0;
+    std::memcpy(&x, at, (size_t)width(dtype));
+    const uint64_t infinity = dtype == Dtype::f64   ? 0x7ff0000000000000u
+                              : dtype == Dtype::f32 ? 0x7f800000u
+                              : dtype == Dtype::f16 ? 0x7c00u
+                                                    : 0x7f80u;
+    const uint64_t sign = (uint64_t)1 << (8 * width(dtype) - 1);
+    return (x & (sign - 1)) > infinity;
+  }
+};
+
+using Results = std::vector<std::vector<uint8_t>>;
+
+// Runs the call with outputs that hold `filling` and gives back their elements, NaNs made alike, and zeros.
+Results results(Op op, Problem p, int threads, std::vector<Tensor*>& outputs, uint8_t filling) {
+  for (Tensor* t : outputs) std::memset(t->memory.get(), filling, t->bytes());
+  run(op, p, threads);
+  Results all;
+  for (Tensor* t : outputs) {
+    const size_t size = (size_t)width(t->dtype);
+    const int64_t n = product(t->shape);
+    std::vector<uint8_t> elements((size_t)n * size), gaps(t->memory.get(), t->memory.get() + t->bytes());
+    for (int64_t i = 0; i < n; ++i) {
+      const uint8_t* at = t->memory.get() + t->offset(i);
+      if (t->is_nan(at))
+        std::memset(&elements[(size_t)i * size], 0xff, size);
+      else if (!t->is_zero(at))  // of either sign: the instruction sets do not agree on it
+        std::memcpy(&elements[(size_t)i * size], at, size);
+      std::memset(&gaps[t->offset(i)], filling, size);
+    }
+    for (uint8_t byte : gaps) MUST(byte == filling);
+    all.push_back(std::move(elements));
+  }
+  return all;
+}
+
+void call(Bytes& in) {
+  const Op op = (Op)in.below(3);
+  const Dtype dtype = (Dtype)in.below(4), sums = dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+  const int64_t sizes[] = {0, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 20, 63, 255, 1023, 1024, 1025, 1029, 2065, 40000};
+  Shape shape;
+  const int ndim = in.below(8) ? in.below(5) : in.below(kMaxDims + 1);
+  for (int64_t n = 1; (int)shape.size() < ndim;) {
+    int64_t size = sizes[in.below(in.flip() ? 20 : 6)];
+    if (n * size > 60000) size = 1;
+    shape.push_back(size);
+    n *= std::max<int64_t>(size, 1);
+  }
+  Shape z_shape;
+  for (int i = in.below(3); i > 0 && (int)shape.size() + i <= kMaxDims && op != Op::randn; --i)
+    z_shape.push_back(in.below(4));
+  Problem p;
+  p.samples = product(z_shape);
+  z_shape.insert(z_shape.end(), shape.begin(), shape.end());
+  p.wide = dtype == Dtype::f64;
+  p.n = product(shape);
+  if (p.n == 0) return;  // the binding's own affair
+  p.options.param = (Param)in.below(4);
+  p.options.min_std = in.real(), p.options.clamped = in.flip(), p.options.low = in.real(), p.options.high = in.real();
+  const bool from_z = op == Op::randn || in.flip(), kl = op != Op::randn && (!from_z || in.flip());
+  const bool given = op != Op::randn && from_z && in.flip(), prior = op != Op::randn && in.flip();
+  const Dtype prior_dtype = in.flip() ? sums : dtype;
+  Shape row(shape.begin(), shape.begin() + in.below((int)shape.size() + 1));
+  if (kl) p.cols = p.n / product(row);
+
+  const int64_t items = !shape.empty() && in.flip() ? shape[0] : 1;
+  std::unique_ptr<int64_t[]> seed(new int64_t[items]);
+  uint64_t state = in.word();
+  for (int64_t i = 0; i < items; ++i) seed[i] = (int64_t)mix(state);
+  if (from_z && !given) p.seed = seed.get(), p.group = p.n / items;
+
+  const bool wild = in.flip();
+  std::vector<std::unique_ptr<Tensor>> tensors;
+  std::vector<Tensor*> inputs, outputs;
+  const auto read = [&](bool wanted, Operand& to, const Shape& of, Dtype type) {
+    if (!wanted) return;
+    tensors.emplace_back(new Tensor(in, of, type, in.flip(), in.flip()));
+    inputs.push_back(tensors.back().get());
+    inputs.back()->fill(mix(state), wild);
+    to = inputs.back()->operand();
+  };
+  const auto write = [&](bool wanted, Operand& to, const Shape& of, Dtype type, bool gaps) {
+    if (!wanted) return;
+    tensors.emplace_back(new Tensor(in, of, type, gaps, false));
+    outputs.push_back(tensors.back().get());
+    to = outputs.back()->operand();
+  };
+  if (op != Op::randn) {
+    read(true, p.mu, shape, dtype), read(true, p.x, shape, dtype);
+    read(prior, p.mu_p, shape, prior_dtype), read(prior, p.x_p, shape, prior_dtype);
+    read(given, p.eps, z_shape, dtype);
+  }
+  if (op == Op::backward) {
+    read(from_z && p.samples > 0, p.dz, z_shape, dtype), read(kl, p.dkl, row, sums);
+    write(in.flip(), p.dmu, shape, dtype, true), write(in.flip(), p.dx, shape, dtype, true);
+    const Dtype type = in.flip() ? sums : dtype;
+    write(prior && kl && in.flip(), p.dmu_p, shape, type, true);
+    write(prior && kl && in.flip(), p.dx_p, shape, type, true);
+  } else {
+    write(from_z, p.z, z_shape, dtype, false);
+    write(kl, p.kl, row, sums, false);
+  }
+
+  std::vector<std::vector<uint8_t>> before;
+  for (const Tensor* t : inputs) before.emplace_back(t->memory.get(), t->memory.get() + t->bytes());
+  const int counts[] = {1, 2, 3, 0, -1, 7, INT32_MAX};
+  const int threads = counts[in.below(7)];
+  Results first;
+  for (const std::string& isa : available()) {
+    use(isa);
+    const Results one = results(op, p, 1, outputs, 0x55), two = results(op, p, threads, outputs, 0xaa);
+    MUST(one == two);
+    if (first.empty()) first = one;
+    MUST(one == first);
+  }
+  for (size_t i = 0; i < inputs.size(); ++i)
+    MUST(before[i].empty() || !std::memcmp(before[i].data(), inputs[i]->memory.get(), before[i].size()));
+}
+
+// Pieces cover all the elements, without overlap, whatever the sizes: the arithmetic alone, no memory.
+void pieces(Bytes& in) {
+  constexpr uint64_t kMost = (uint64_t)1 << 62;  // the binding takes no more elements
+  const uint64_t a = in.word() >> in.below(64), b = in.word() >> in.below(64);
+  const uint64_t cols = a % kMost + 1, rows = b % (kMost / cols) + 1;
+  const Pieces all((int64_t)(rows * cols), (int64_t)cols);
+  MUST(all.count > 0 && all.rows == (int64_t)rows && all.begin(0) == 0 && all.end(all.count - 1) == all.rows * all.cols);
+  for (int64_t i : {(int64_t)0, all.count / 2, (int64_t)(in.word() % (uint64_t)all.count), all.count - 1}) {
+    const int64_t n = all.end(i) - all.begin(i);
+    MUST(n > 0 && n <= kPiece);
+    if (i > 0) MUST(all.end(i - 1) == all.begin(i));
+    if (all.per_row == 1) MUST(all.begin(i) % all.cols == 0 && n % all.cols == 0);
+    if (all.per_row > 1) MUST(i / all.per_row == all.begin(i) / all.cols && i / all.per_row == (all.end(i) - 1) / all.cols);
+  }
+}
+
+// A window of the noise, anywhere in a stream.
+void window(Bytes& in) {
+  const int64_t seed = (int64_t)in.word(), start = (int64_t)(in.word() >> 1 >> in.below(63));
+  const int n = 1 + (int)(in.word() % kPiece);
+  std::vector<float> first;
+  for (const std::string& isa : available()) {
+    use(isa);
+    std::unique_ptr<float[]> eps(new float[n]);
+    kernels().noise(seed, start, n, eps.get());
+    for (int i = 0; i < n; ++i) MUST(eps[i] > -6.8f && eps[i] < 6.8f);
+    std::vector<float> here(eps.get(), eps.get() + n);
+    if (first.empty()) first = here;
+    MUST(here == first);
+  }
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  Bytes in{data, size};
+  switch (in.below(8)) {
+    case 0: pieces(in); break;
+    case 1: window(in); break;
+    default: call(in);
+  }
+  return 0;
+}
+
+#ifdef FUZZ_MAIN
+int main(int argc, char** argv) {
+  MUST(argc == 3);
+  const long count = std::atol(argv[1]);
+  uint64_t state = std::strtoull(argv[2], nullptr, 10);
+  for (long i = 0; i < count; ++i) {
+    uint64_t words[48];
+    for (uint64_t& word : words) word = mix(state);
+    LLVMFuzzerTestOneInput((const uint8_t*)words, sizeof words);
+  }
+  std::printf("%ld inputs\n", count);
+}
+#endif

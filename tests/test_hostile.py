@@ -1,0 +1,105 @@
+"""Hostile tensors and numbers: an exception or a result, never a crash, a hang or an unwritten element.
+
+Each family runs in a process of its own, so that a crash is a failure and not the end of the suite.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from reparam_kernels.backends import cpu
+
+START = """
+import itertools, torch, reparam_kernels as rk
+from reparam_kernels import _C
+from reparam_kernels.backends import cpu
+from torch._subclasses import FakeTensorMode
+
+torch.set_num_threads(1)
+tried = 0
+
+def attempt(call):
+    "Runs it; only a clean exception may come out."
+    global tried
+    tried += 1
+    try:
+        return call()
+    except (ValueError, TypeError, RuntimeError, MemoryError, NotImplementedError, OverflowError):
+        return None
+    except AssertionError as error:  # torch's own, where fake and real tensors meet
+        assert "FakeTensor" in str(error)
+        return None
+
+with FakeTensorMode():
+    fake = torch.zeros(4, 3)
+base = torch.zeros(24)
+tensors = [
+    base.view(24)[:12].view(4, 3), base.as_strided((4, 3), (0, 0)), base.as_strided((4, 3), (1, 1)),
+    base.as_strided((4, 3), (6, 2)), base[::2].view(4, 3), torch.zeros(3, 4).t(), torch.zeros(4, 0), torch.zeros(()),
+    torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 3, dtype=torch.complex64), torch.zeros(4, 3).half(),
+    torch.zeros(4, 3).double(), torch.zeros(4, 3, dtype=torch.float8_e5m2), torch.zeros(4, 3, dtype=torch.bool),
+    torch.zeros(4, 3, device="meta"), torch.zeros(4, 3).to_sparse(), torch.eye(4, 3).to_sparse_csr(), fake,
+    torch.zeros(1).expand(2**63 - 1), torch.zeros(1).expand(2**62 + 1), torch.zeros(0, 2**62), torch.zeros(4, 3, 1),
+    torch.zeros((1,) * 64), torch.nn.Parameter(torch.zeros(4, 3)), torch.zeros(4, 3)._neg_view(),
+    torch.quantize_per_tensor(torch.zeros(4, 3), 0.1, 0, torch.qint8), None, 3, "mu", [[0.0]],
+]
+"""
+
+FAMILIES = {
+    "every pair of arguments of forward": """
+plain = [torch.zeros(4, 3), torch.zeros(4, 3), None, None, torch.tensor([1]), None, torch.zeros(4, 3), torch.zeros(4)]
+options = _C.Options(_C.Param.logvar, 0.0, False, 0.0, 0.0)
+for i, j in itertools.combinations(range(8), 2):
+    for a, b in itertools.product(tensors, tensors):
+        args = [t.clone() if isinstance(t, torch.Tensor) else t for t in plain]
+        args[i], args[j] = a, b
+        attempt(lambda: _C.forward(options, *args, 1))
+""",
+    "every pair of arguments of backward": """
+full = [torch.zeros(4, 3) for _ in range(12)]
+full[4], full[5], full[7] = torch.tensor([1]), None, torch.zeros(4)
+options = _C.Options(_C.Param.std, 0.0, True, 0.0, 0.0)
+for i, j in itertools.combinations(range(12), 2):
+    for a, b in itertools.product(tensors, tensors):
+        args = [t.clone() if isinstance(t, torch.Tensor) else t for t in full]
+        args[i], args[j] = a, b
+        attempt(lambda: _C.backward(options, *args, 1))
+""",
+    "numbers": """
+mu = torch.zeros(4, 3)
+for value in (0, -1, 2**31, 2**63 - 1, 2**63, 2**64, -(2**63), 1e300, float("nan"), float("inf"), None, "7", mu):
+    attempt(lambda: rk.reparameterize(mu, mu, seed=value))
+    attempt(lambda: rk.kl_divergence(mu, mu, event_ndim=value))
+    attempt(lambda: rk.kl_divergence(mu, mu, clamp=(value, value)))
+    attempt(lambda: rk.kl_divergence(mu, mu, param="softplus", min_std=value))
+    attempt(lambda: _C.randn(torch.tensor([1]), torch.zeros(9), value))
+    attempt(lambda: _C.noise(value, value, 7))
+    attempt(lambda: _C.noise(1, 2**63 - 1, value))
+    attempt(lambda: _C.box_muller(value, value))
+    attempt(lambda: _C.Options(value, value, value, value, value))
+    attempt(lambda: _C.use(value))
+    attempt(lambda: _C.Options(_C.Param(value), 0.0, False, 0.0, 0.0))
+for value in (-1, 4, 17, 2**31 - 1):
+    assert attempt(lambda: _C.Options(_C.Param(value), 0.0, False, 0.0, 0.0)) is None
+""",
+}
+LEAST = {"every pair of arguments of forward": 20_000, "every pair of arguments of backward": 50_000}
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[pytest.mark.slow] * (f in LEAST)) for f in FAMILIES])
+def test_a_hostile_call_is_an_exception_or_a_result(family):
+    program = START + FAMILIES[family] + "print(tried)"
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) >= LEAST.get(family, 50)
+    print(f"{family}: {int(done.stdout)} calls")
+
+
+def test_binding_refuses_sizes_beyond_its_arithmetic():
+    endless, kl = torch.zeros(1).expand(2**63 - 1), torch.zeros(())
+    options = cpu._C.Options(cpu._C.Param.logvar, 0.0, False, 0.0, 0.0)
+    with pytest.raises(ValueError, match=r"mu must have at most 2\*\*62 elements"):
+        cpu._C.forward(options, endless, endless, None, None, None, None, None, kl, 1)
