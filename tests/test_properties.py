@@ -76,7 +76,12 @@ def compare(got, want, what, fine, terms=0.0):
     largest = finite.max().item() if finite.numel() else 0.0
     step = torch.finfo(got.dtype).tiny * torch.finfo(got.dtype).eps  # between subnormals
     torch.testing.assert_close(
-        got.double(), want, rtol=unit, atol=max(fine * max(largest, terms), step), equal_nan=True, msg=lambda m: f"{what}: {m}"
+        got.double(),
+        want,
+        rtol=unit,
+        atol=max(fine * max(largest, terms), step),
+        equal_nan=True,
+        msg=lambda m: f"{what}: {m}",
     )
 
 
