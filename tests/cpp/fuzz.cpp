@@ -92,10 +92,10 @@ struct Tensor {
       uint32_t top;
       std::memcpy(&top, &narrow, 4);
       const uint16_t half = (uint16_t)(dtype == Dtype::bf16 ? top >> 16 : 0x3000 | (word & 0x8fff));
-      const void* from = wild                     ? (const void*)&word
-                         : dtype == Dtype::f64    ? (const void*)&tame
-                         : dtype == Dtype::f32    ? (const void*)&narrow
-                                                  : (const void*)&half;
+      const void* from = wild                  ? (const void*)&word
+                         : dtype == Dtype::f64 ? (const void*)&tame
+                         : dtype == Dtype::f32 ? (const void*)&narrow
+                                               : (const void*)&half;
       std::memcpy(memory.get() + at, from, (size_t)width(dtype));
     }
   }
@@ -257,13 +257,15 @@ void pieces(Bytes& in) {
   const uint64_t a = in.word() >> in.below(64), b = in.word() >> in.below(64);
   const uint64_t cols = a % kMost + 1, rows = b % (kMost / cols) + 1;
   const Pieces all((int64_t)(rows * cols), (int64_t)cols);
-  MUST(all.count > 0 && all.rows == (int64_t)rows && all.begin(0) == 0 && all.end(all.count - 1) == all.rows * all.cols);
+  MUST(all.count > 0 && all.rows == (int64_t)rows && all.begin(0) == 0 &&
+       all.end(all.count - 1) == all.rows * all.cols);
   for (int64_t i : {(int64_t)0, all.count / 2, (int64_t)(in.word() % (uint64_t)all.count), all.count - 1}) {
     const int64_t n = all.end(i) - all.begin(i);
     MUST(n > 0 && n <= kPiece);
     if (i > 0) MUST(all.end(i - 1) == all.begin(i));
     if (all.per_row == 1) MUST(all.begin(i) % all.cols == 0 && n % all.cols == 0);
-    if (all.per_row > 1) MUST(i / all.per_row == all.begin(i) / all.cols && i / all.per_row == (all.end(i) - 1) / all.cols);
+    if (all.per_row > 1)
+      MUST(i / all.per_row == all.begin(i) / all.cols && i / all.per_row == (all.end(i) - 1) / all.cols);
   }
 }
 
