@@ -35,7 +35,7 @@ test-integrations: $(VENV)-integrations/.ready
 test-gpu-code: $(VENV)/.ready
 	$(RUN) -m pytest tests/test_gpu_code.py -m 'gpu_code or not gpu_code'
 
-# Minutes; a short form: make quality QUALITY_ARGS='--bits 28 --samples 4'. Debian: apt install dieharder
+# Minutes; a short form: make quality QUALITY_ARGS='--bits 24 --samples 1'. Debian: apt install dieharder
 quality: $(VENV)/.ready
 	$(RUN) -m tests.quality $(or $(QUALITY_ARGS),--out tests/reports/quality.md)
 

@@ -45,7 +45,7 @@ def battery(bits, samples):
     for name, stream in words.STREAMS.items():
         yield from words.lattice(name, stream(), 2 ** (few - 1))
     for name in ("counters", "seeds", "one_bit", "interleaved"):
-        yield from words.dieharder(name, words.STREAMS[name](), samples, words.MANY + words.FEW)
+        yield from words.dieharder(name, words.STREAMS[name](), samples, words.MANY + words.FEW * (samples >= 10))
     yield from words.dieharder("eps_as_words", words.eps_as_words(), samples, words.MANY)
 
 
@@ -183,7 +183,9 @@ def report(args, results, seconds, controlled, threshold):
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.quality", description=__doc__)
     parser.add_argument("--bits", type=int, default=34, help="2^bits normals; other sizes follow; at least 24")
-    parser.add_argument("--samples", type=int, default=20, help="of each dieharder test")
+    parser.add_argument(
+        "--samples", type=int, default=20, help="of each dieharder test; below 10 without its slow ones"
+    )
     parser.add_argument("--out", type=Path, help="where the report goes; default: standard output")
     args = parser.parse_args()
     torch.set_num_threads(1)
