@@ -62,7 +62,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def spec_of(
+def checked_spec(
     where: str,
     ndim: int,
     z: bool,
@@ -80,7 +80,7 @@ def spec_of(
     return Spec(z, kl, sample_shape, event_ndim, param, min_std, clamp, packed)
 
 
-_known_spec = lru_cache(maxsize=1024)(spec_of)
+_known_spec = lru_cache(maxsize=1024)(checked_spec)
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
@@ -175,7 +175,7 @@ def prepare(
     if isinstance(sample_shape, list):
         sample_shape = tuple(sample_shape)
     compiling = torch.compiler.is_compiling()
-    make = spec_of if compiling else _known_spec  # torch.compile warns of a cache
+    make = checked_spec if compiling else _known_spec  # torch.compile warns of a cache
     spec = make(where, len(shape), z, kl, sample_shape, event_ndim, param, min_std, clamp, packed)
     mu_p = x_p = None
     if prior is not None:
