@@ -60,7 +60,8 @@ RUNS = {
 }
 
 
-ZEROS = """Outputs of the instruction sets are compared by bits, but that +0 and -0 count as equal: in a bfloat16 gradient with an
+ZEROS = """\
+Outputs of the instruction sets are compared by bits, but that +0 and -0 count as equal: in a bfloat16 gradient with an
 inverted clamp, which the public functions refuse, the baseline's zero has another sign."""
 
 
