@@ -11,6 +11,7 @@ import triton
 
 from reparam_kernels import _C, backends
 from tests.oracle import fma
+from tests.report import pytest_addoption, pytest_configure, pytest_terminal_summary  # noqa: F401
 
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9):
     # this interpreter does not fuse tl.fma: give it an exact one
