@@ -7,7 +7,7 @@ DEMO_ARGS ?= --impl both --epochs 150
 WHY_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: demo parity why test test-slow test-arm test-gpu-code test-integrations quality sanitize fuzz bench lint clean
+.PHONY: demo parity why test test-slow test-arm test-gpu-code test-integrations quality sanitize fuzz supply bench lint pins clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m examples.vae $(DEMO_ARGS) --out out/vae
@@ -49,8 +49,12 @@ FUZZ_SEED ?= 2026
 fuzz: $(VENV)/.ready
 	FUZZ_DEPTH=125 $(RUN) -m pytest tests/test_properties.py --hypothesis-seed=$(FUZZ_SEED)
 
+# The wheel and the sdist, built and listed; the pins; what may not run code.
+supply: $(VENV)/.ready
+	$(RUN) -m pytest -m 'slow or not slow' tests/test_supply.py --report=tests/reports/supply.md --report-title='Supply'
+
 lint: $(VENV)/.ready
-	$(RUN) -m pip install -q $(PIP_ARGS) -e '.[lint]'
+	$(RUN) -m pip install -q $(PIP_ARGS) --no-build-isolation -e '.[lint]'
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
@@ -58,14 +62,26 @@ lint: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(RUN) -m bench $(BENCH_ARGS)
 
+# The newest versions, for every Python and platform. Torch is left out, since its CUDA build names gigabytes;
+# what all of its builds need stands here instead.
+TORCH_NEEDS = filelock fsspec jinja2 networkx sympy typing-extensions
+pins:
+	$(PYTHON) -m venv out/pins
+	out/pins/bin/python -m pip install -q $(PIP_ARGS) uv==0.13.9
+	echo torch > out/pins/torch
+	printf '%s\n' $(TORCH_NEEDS) | UV_CUSTOM_COMPILE_COMMAND='make pins' out/pins/bin/uv pip compile -q --upgrade \
+		--universal --python-version 3.10 --generate-hashes --only-binary :all: --emit-build-options --no-annotate \
+		--extra test --extra examples --excludes out/pins/torch pyproject.toml - -o requirements.txt
+
 clean:
 	rm -rf build dist out $(VENV) $(VENV)-integrations *.egg-info reparam_kernels/_C*.so
 
-# The tests pin torch; where pip brings its CUDA build, that build brings its own triton.
-$(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*)
+# All by hash but torch: which build of it, the index says. A CUDA build then replaces triton by its own.
+$(VENV)/.ready: pyproject.toml setup.py requirements.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install $(PIP_ARGS) --require-hashes -r requirements.txt
 	$(RUN) -m pip install $(PIP_ARGS) 'torch==2.13.0'
-	$(RUN) -m pip install $(PIP_ARGS) -e '.[test,examples]'
+	$(RUN) -m pip install $(PIP_ARGS) --no-deps --no-build-isolation -e .
 	touch $@
 
 $(VENV)-integrations/.ready: pyproject.toml setup.py $(wildcard csrc/*)

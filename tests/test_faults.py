@@ -2,14 +2,12 @@
 
 import ctypes
 import importlib
-import pickle
 import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -372,73 +370,3 @@ print(launch())
         SAMPLE, REPARAM_BACKEND="triton", TRITON_INTERPRET="1", TRITON_CACHE_DIR=str(tmp_path / "file/cache")
     )
     assert interpreted.startswith("triton 1.788757")
-
-
-# ---- supply
-
-
-def test_every_subpackage_and_data_file_is_in_the_wheel():
-    tomllib = pytest.importorskip("tomllib")
-    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    package = ROOT / "reparam_kernels"
-    folders = {path.parent.relative_to(ROOT) for path in package.rglob("*.py")}
-    assert sorted(table["packages"]) == sorted(".".join(folder.parts) for folder in folders)
-    others = {".py", ".pyc", ".so", ".pyd"}
-    data = {path.name for path in package.rglob("*") if path.is_file() and path.suffix not in others}
-    assert set(table["package-data"]["reparam_kernels"]) == data == {"py.typed", "_C.pyi"}
-
-
-class Evil:
-    """Leaves a file behind where it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
-    from examples.vae.training import Options, restore
-
-    torch.save({"options": Evil(tmp_path / "ran")}, tmp_path / "c.pt")
-    with pytest.raises(pickle.UnpicklingError):
-        restore(tmp_path / "c.pt", None, None, Options())
-    assert not (tmp_path / "ran").exists()
-
-
-def test_images_that_run_code_are_refused(tmp_path):
-    from examples.vae.data import load
-
-    np.savez(tmp_path / "x.npz", x=np.array([Evil(tmp_path / "ran")], dtype=object))
-    with pytest.raises(ValueError, match="allow_pickle=False"):
-        load(tmp_path / "x.npz")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_nothing_asks_the_network(tmp_path):
-    """Python's own audit refuses every socket, also those that C code opens through it."""
-    code = f"""
-import sys
-
-def refuse(event, args):
-    if event.startswith("socket."):
-        raise RuntimeError("network: " + event)
-
-sys.addaudithook(refuse)
-import socket
-try:
-    socket.socket()
-except RuntimeError:
-    print("refused")
-import torch, examples.why_reparameterize
-from pathlib import Path
-from examples.vae.data import load
-from examples.vae.training import Options, train
-import reparam_kernels as rk
-checkpoint = Path({str(tmp_path / "c.pt")!r})
-for epochs in (1, 2):
-    train(load(), Options(epochs=epochs, hidden=8), checkpoint, resume=epochs > 1, quiet=True)
-print(rk.backend_for(torch.zeros(1)))
-"""
-    assert python(code).split() == ["refused", "cpu"]
