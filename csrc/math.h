@@ -222,7 +222,7 @@ REPARAM_INLINE Element<float> from_log(float scale, float mu, float lv, float mu
   }
   out.kl = .5f * fma(delta, delta, k);
   out.dkl_x = scale * em1;
-  out.dkl_xp = -scale * fma(delta, delta, em1);
+  out.dkl_xp = scale * fma(-delta, delta, -em1);  // GCC makes -fma another zero where the CPU has an fma
   return out;
 }
 
@@ -247,7 +247,7 @@ REPARAM_INLINE Element<C> from_std(C mu, Softplus<C> s, C mu_p, Softplus<C> p, R
   out.dsigma = s.slope;
   out.dkl_x = s.slope * r.f / s.value * (r.f + C(2));
   out.dkl_mu = kPrior ? delta / p.value : mu;
-  out.dkl_xp = -fma(delta, p.slope * delta / p.value, p.slope * r.f / p.value * (r.f + C(2)));
+  out.dkl_xp = fma(-delta, p.slope * delta / p.value, -(p.slope * r.f / p.value * (r.f + C(2))));
   return out;
 }
 

@@ -254,7 +254,7 @@ def from_log(scale: tl.constexpr, mu, lv, mu_p, lvp, PRIOR: tl.constexpr):
         delta = mu
         dkl_mu = mu
     kl2 = tl.fma(delta, delta, k)
-    return sigma, kl2, scale * sigma, scale * em1, dkl_mu, -scale * tl.fma(delta, delta, em1)
+    return sigma, kl2, scale * sigma, scale * em1, dkl_mu, scale * tl.fma(-delta, delta, -em1)
 
 
 @triton.jit
@@ -268,7 +268,7 @@ def from_std(mu, sigma, slope, mu_p, sigma_p, slope_p, f, q, log_q, PRIOR: tl.co
     if PRIOR:
         delta = tl.div_rn(mu - mu_p, sigma_p)
         dkl_mu = tl.div_rn(delta, sigma_p)
-        dkl_xp = -tl.fma(delta, tl.div_rn(slope_p * delta, sigma_p), tl.div_rn(slope_p * f, sigma_p) * (f + 2.0))
+        dkl_xp = tl.fma(-delta, tl.div_rn(slope_p * delta, sigma_p), -(tl.div_rn(slope_p * f, sigma_p) * (f + 2.0)))
     return sigma, tl.fma(delta, delta, k), slope, tl.div_rn(slope * f, sigma) * (f + 2.0), dkl_mu, dkl_xp
 
 
