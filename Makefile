@@ -50,6 +50,9 @@ fuzz: $(VENV)/.ready
 	FUZZ_DEPTH=125 $(RUN) -m pytest tests/test_properties.py --hypothesis-seed=$(FUZZ_SEED) \
 		--report=tests/reports/fuzz.md --report-title='Any call against the formula'
 
+extremes: $(VENV)/.ready
+	$(RUN) -m pytest tests/test_extremes.py --report=tests/reports/extremes.md --report-title='Extreme values'
+
 lint: $(VENV)/.ready
 	$(RUN) -m pip install -q $(PIP_ARGS) --no-build-isolation -e '.[lint]'
 	$(RUN) -m ruff check .

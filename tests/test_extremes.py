@@ -15,6 +15,7 @@ import torch
 import reparam_kernels as rk
 from tests.cases import DTYPES, PARAMS
 from tests.conftest import forget, use_backend
+from tests.report import table
 
 INF, NAN = math.inf, math.nan
 EPS = -0.5
@@ -40,29 +41,68 @@ def results(mu, x, prior=None, **options):
     return [t.tolist() for t in (z, kl, *dz, *dkl)]
 
 
-# mu, logvar: z, kl, then dz/dlogvar, dkl/dmu, dkl/dlogvar. dz/dmu is 1 everywhere.
+# param, mu, x, prior: z, kl, then dz/dx and kl's gradients to mu, x, mu_p and x_p; dz/dmu is 1 everywhere.
 TABLE = [
-    (0.0, 0.0, (-0.5, 0.0, -0.25, 0.0, 0.0)),
-    (-0.0, -0.0, (-0.5, 0.0, -0.25, 0.0, 0.0)),
-    (1e-45, 1e-45, (-0.5, 0.0, -0.25, 1e-45, 0.0)),  # subnormals: sigma is 1 to the last digit
-    (1.0, -1e4, (1.0, 5000.0, 0.0, 1.0, -0.5)),  # sigma underflows to 0; the kl is (mu^2 - 1 - logvar) / 2
-    (1.0, -200.0, (1.0, 100.0, 0.0, 1.0, -0.5)),
-    (1.0, 1e4, (-INF, INF, -INF, 1.0, INF)),  # beyond float32
-    (1.0, INF, (-INF, NAN, -INF, 1.0, INF)),  # the kl is inf - inf, as in plain torch
-    (1.0, -INF, (1.0, INF, 0.0, 1.0, -0.5)),
-    (1.0, NAN, (NAN, NAN, NAN, 1.0, NAN)),
-    (NAN, 0.0, (NAN, NAN, -0.25, NAN, 0.0)),
-    (INF, 0.0, (INF, INF, -0.25, INF, 0.0)),
-    (-INF, 0.0, (-INF, INF, -0.25, -INF, 0.0)),
-    (1e38, 0.0, (1e38, INF, -0.25, 1e38, 0.0)),  # mu^2 is beyond float32
+    ("logvar", (0.0, 0.0), (-0.5, 0.0, -0.25, 0.0, 0.0), "posterior and prior are one"),
+    ("logvar", (-0.0, -0.0), (-0.5, 0.0, -0.25, 0.0, 0.0), "the same"),
+    ("logvar", (1e-45, 1e-45), (-0.5, 0.0, -0.25, 1e-45, 0.0), "subnormals: sigma is 1 to the last digit"),
+    ("logvar", (1.0, -200.0), (1.0, 100.0, 0.0, 1.0, -0.5), "sigma is 0 as a number; kl is (mu^2 - 1 - logvar) / 2"),
+    ("logvar", (1.0, -1e4), (1.0, 5000.0, 0.0, 1.0, -0.5), "the same"),
+    ("logvar", (1.0, 1e4), (-INF, INF, -INF, 1.0, INF), "sigma is beyond float32"),
+    ("logvar", (1.0, INF), (-INF, NAN, -INF, 1.0, INF), "kl is inf - inf, as in plain torch"),
+    ("logvar", (1.0, -INF), (1.0, INF, 0.0, 1.0, -0.5), "sigma is 0, its logarithm -inf"),
+    ("logvar", (1.0, NAN), (NAN, NAN, NAN, 1.0, NAN), "NaN goes through, where it has a say"),
+    ("logvar", (NAN, 0.0), (NAN, NAN, -0.25, NAN, 0.0), "the same"),
+    ("logvar", (INF, 0.0), (INF, INF, -0.25, INF, 0.0), "kl grows as mu^2"),
+    ("logvar", (-INF, 0.0), (-INF, INF, -0.25, -INF, 0.0), "the same"),
+    ("logvar", (1e38, 0.0), (1e38, INF, -0.25, 1e38, 0.0), "mu^2 is beyond float32, the gradient is not"),
+    ("logvar", (0.0, -200.0, 0.0, -200.0), (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), "two of one width, however narrow"),
+    (
+        "logvar",
+        (1.0, -200.0, 0.0, -200.0),
+        (1.0, INF, 0.0, INF, 0.0, -INF, -INF),
+        "delta is exp(100), its square too much",
+    ),
+    ("logvar", (0.0, 0.0, 0.0, -1e4), (-0.5, INF, -0.25, 0.0, INF, 0.0, -INF), "a prior that is a point has no width"),
+    (
+        "logvar",
+        (1.0, 0.0, 0.0, 1e4),
+        (0.5, 4999.5, -0.25, 0.0, -0.5, 0.0, 0.5),
+        "1 / sigma_p is 0; kl is (logvar_p - 1) / 2",
+    ),
+    ("logstd", (1.0, -1e4), (1.0, 1e4, 0.0, 1.0, -1.0), "sigma is 0 as a number; kl is (mu^2 - 1) / 2 - logstd"),
+    ("logstd", (1.0, 1e4), (-INF, INF, -INF, 1.0, INF), "sigma is beyond float32"),
+    ("std", (1.0, 1e-45), (1.0, 103.27893, -0.5, 1.0, -INF), "the least subnormal: kl is (mu^2 - 1) / 2 - log std"),
+    ("std", (1.0, 0.0), (1.0, INF, -0.5, 1.0, -INF), "the logarithm of 0"),
+    ("std", (1.0, 1e30), (-5e29, INF, -0.5, 1.0, 1e30), "std^2 is beyond float32, std - 1 / std is not"),
+    ("std", (0.0, 1e-45, 0.0, 1e-45), (0.0, 0.0, -0.5, 0.0, 0.0, 0.0, 0.0), "two of one width"),
+    ("softplus", (1.0, -1e4), (1.0, 1e4, 0.0, 1.0, -1.0), "softplus(x) goes to exp(x): log sigma is x, as for logstd"),
+    ("softplus", (1.0, 1e4), (-4999.0, 5e7 - 9.2103404, -0.5, 1.0, 1e4), "softplus(x) goes to x"),
+    ("softplus", (0.0, -200.0, 0.0, -201.0), (0.0, 2.1945280, 0.0, 0.0, 6.3890561, 0.0, -6.3890561), "as for logstd"),
 ]
 
 
-@pytest.mark.parametrize(("mu", "x", "limits"), TABLE)
-def test_each_value_is_the_limit_of_its_formula(each, mu, x, limits):
-    z, kl, dx, dkl_mu, dkl_x = limits
-    got = [value for (value,) in results([mu], [x])]
-    assert got == pytest.approx([z, kl, 1.0, dx, dkl_mu, dkl_x], rel=1e-6, abs=1e-44, nan_ok=True)
+def values(mu, x, prior, param):
+    z, kl, dz_mu, *rest = (value for (value,) in results([mu], [x], [[p] for p in prior], param=param))
+    assert dz_mu == 1.0
+    return z, kl, *rest
+
+
+@pytest.mark.parametrize(("param", "point", "limits", "because"), TABLE)
+def test_each_value_is_the_limit_of_its_formula(each, param, point, limits, because):
+    assert values(*point[:2], point[2:], param) == pytest.approx(limits, rel=1e-6, abs=2e-38, nan_ok=True)
+
+
+def test_the_table_is_written_down(record_property):
+    """As the C++ kernels give it; the test above holds every backend to it."""
+    names = ("param", "mu", "x", "mu_p", "x_p", *NAMES[:2], *NAMES[3:], "since")
+    rows = []
+    for param, point, _, because in TABLE:
+        found = values(*point[:2], point[2:], param)
+        numbers = [f"{v:.6g}" for v in (*point, *found)]
+        blank = [""] * (4 - len(point))
+        rows.append((param, *numbers[: len(point)], *blank, *numbers[len(point) :], *blank, because))
+    record_property("table", "\n".join(table(names, rows)))
 
 
 # ---- finite inputs
