@@ -139,9 +139,9 @@ def textbook(mu, x, prior, eps, options):
 
 
 def terms(mu, x, prior, eps, dz, dkl, options, slack):
-    """The sizes of what is added up to z, kl and each gradient, in float64. slack: how much of the unit that cancels in
-    expm1(d) - d and in its gradient counts: all in float64, where the formula stands as it is; else what the truth's
-    own rounding needs."""
+    """The sizes of what is added up to z, kl and each gradient, in float64. slack: how much of the units that cancel in
+    expm1(d) - d, and of the rounding of d, counts: all in float64, where both sides take the formula as it stands; else
+    what the truth's own rounding needs."""
     param, min_std = options["param"], options.get("min_std", 0.0)
     low, high = options.get("clamp", (-math.inf, math.inf))
     inside, x = (x >= low) & (x <= high), x.clamp(low, high)
@@ -159,8 +159,8 @@ def terms(mu, x, prior, eps, dz, dkl, options, slack):
     delta, d = (mu - mu_p) / sigma_p, 2 * (log_sigma(x, param, min_std) - log_p)
     event = options.get("event_ndim")
     event = max(mu.dim() - 1, min(mu.dim(), 1)) if event is None else event
-    em1 = d.expm1().abs() + slack
-    kl = (delta**2 + (d.expm1() - d).abs() + slack * d.abs()) / 2
+    em1 = (d.expm1().abs() + slack) * (1 + slack * d.abs())
+    kl = (delta**2 + (d.expm1() - d).abs() + slack * d.abs() * (1 + em1)) / 2
     sizes = {"kl": kl.expand(mu.shape), "mu": torch.zeros_like(mu), "x": torch.zeros_like(mu)}
     if event:
         sizes["kl"] = sizes["kl"].sum(tuple(range(mu.dim() - event, mu.dim())))
