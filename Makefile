@@ -7,7 +7,7 @@ DEMO_ARGS ?= --impl both --epochs 150
 WHY_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: demo parity why test test-slow test-arm test-gpu-code test-integrations quality sanitize fuzz bench lint clean
+.PHONY: demo parity why test test-slow test-arm test-gpu-code test-integrations quality sanitize fuzz faults scale bench lint clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m examples.vae $(DEMO_ARGS) --out out/vae
@@ -48,6 +48,14 @@ sanitize: $(VENV)/.ready
 FUZZ_SEED ?= 2026
 fuzz: $(VENV)/.ready
 	FUZZ_DEPTH=125 $(RUN) -m pytest tests/test_properties.py --hypothesis-seed=$(FUZZ_SEED)
+
+# A quarter of an hour.
+faults: $(VENV)/.ready
+	$(RUN) -m pytest -m 'not arm' tests/test_faults.py --report=tests/reports/faults.md --report-title='Faults'
+
+# Up to 18 GB of memory; a test that finds less free is skipped.
+scale: $(VENV)/.ready
+	$(RUN) -m pytest -m slow tests/test_scale.py --report=tests/reports/scale.md --report-title='Scale'
 
 lint: $(VENV)/.ready
 	$(RUN) -m pip install -q $(PIP_ARGS) -e '.[lint]'

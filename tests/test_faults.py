@@ -251,7 +251,7 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 
 for i in range(100_000):
-    options = dict(min_std=i * 1e-6, clamp=(-2 - i * 1e-5, 2.0))
+    options = dict(param="softplus", min_std=i * 1e-6, clamp=(-2 - i * 1e-5, 2.0))
     got = rk.reparameterize_kl(mu, x, seed=7, **options)
     if i == 10_000:
         before = resident()
