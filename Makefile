@@ -7,7 +7,8 @@ DEMO_ARGS ?= --impl both --epochs 150
 WHY_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: demo parity why test test-slow test-arm test-gpu-code test-integrations quality sanitize fuzz supply bench lint pins clean
+.PHONY: demo parity why test test-slow test-arm test-gpu-code test-integrations \
+	quality sanitize fuzz extremes determinism faults scale supply bench lint pins clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m examples.vae $(DEMO_ARGS) --out out/vae
@@ -52,6 +53,14 @@ fuzz: $(VENV)/.ready
 
 extremes: $(VENV)/.ready
 	$(RUN) -m pytest tests/test_extremes.py --report=tests/reports/extremes.md --report-title='Extreme values'
+
+# A quarter of an hour.
+faults: $(VENV)/.ready
+	$(RUN) -m pytest -m 'not arm' tests/test_faults.py --report=tests/reports/faults.md --report-title='Faults'
+
+# Up to 18 GB of memory; a test that finds less free is skipped.
+scale: $(VENV)/.ready
+	$(RUN) -m pytest -m slow tests/test_scale.py --report=tests/reports/scale.md --report-title='Scale'
 
 lint: $(VENV)/.ready
 	$(RUN) -m pip install -q $(PIP_ARGS) --no-build-isolation -e '.[lint]'
