@@ -62,6 +62,10 @@ faults: $(VENV)/.ready
 scale: $(VENV)/.ready
 	$(RUN) -m pytest -m slow tests/test_scale.py --report=tests/reports/scale.md --report-title='Scale'
 
+# The wheel and the sdist, built and listed; the pins; what may not run code.
+supply: $(VENV)/.ready
+	$(RUN) -m pytest -m 'slow or not slow' tests/test_supply.py --report=tests/reports/supply.md --report-title='Supply'
+
 lint: $(VENV)/.ready
 	$(RUN) -m pip install -q $(PIP_ARGS) --no-build-isolation -e '.[lint]'
 	$(RUN) -m ruff check .
