@@ -1,0 +1,311 @@
+"""One result, whatever the way to it: what docs/numerics.md says under "The same bits", measured, as one table."""
+
+import itertools
+import math
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import reparam_kernels as rk
+from reparam_kernels import _C, backends
+from reparam_kernels.spec import accumulate_dtype
+from tests import oracle
+from tests.cases import DTYPES, PARAMS, inputs, truth
+from tests.conftest import forget
+from tests.report import table
+
+ISAS = _C.available()
+# Rows shorter than, as long as and longer than kPiece of csrc/problem.h; in C++ enough of them for three threads.
+ROWS = {"cpu": {40: 1250, 1024: 48, 3001: 17}, "triton": {40: 24, 1024: 2, 3001: 2}}
+INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+class Case(NamedTuple):
+    dtype: torch.dtype
+    param: str
+    prior: str | None  # each row has its own, or all rows share one
+    cols: int
+    samples: tuple
+    seeds: bool  # one for each item, so that the batch may be cut
+
+    @property
+    def options(self):
+        min_std = {"min_std": 0.125} if self.param == "softplus" else {}
+        return {"param": self.param, "sample_shape": self.samples, **min_std}
+
+    @property
+    def names(self):
+        return ("dmu", "dx", *(f"{name}, {self.prior}" for name in ("dmu_p", "dx_p") if self.prior))
+
+
+CASES = [
+    Case(*choice, samples=((), (2,))[i % 2], seeds=i // 2 % 2 == 0)
+    for i, choice in enumerate(itertools.product(DTYPES, PARAMS, (None, "own", "shared"), ROWS["cpu"]))
+]
+
+
+class Way(NamedTuple):
+    backend: str = "cpu"
+    executor: str = "eager"
+    cuts: int = 0  # of the batch
+    isa: str = ISAS[0]
+    threads: int = 1
+
+
+class Given(NamedTuple):
+    leaves: tuple
+    seed: object
+    cotangents: tuple
+
+
+def given(case, backend):
+    shape = (ROWS[backend][case.cols], case.cols)
+    leaves = [*inputs(shape, case.dtype, case.param)]
+    if case.prior:
+        mu_p, x_p = inputs(shape[case.prior == "shared" :], case.dtype, case.param, seed=1)
+        leaves += [mu_p, x_p.clamp(0.25, 2.0)]  # or float16 overflows
+    g = torch.Generator().manual_seed(2)
+    dz = torch.randn((*case.samples, *shape), generator=g).to(case.dtype)
+    dkl = torch.randn(shape[:1], generator=g, dtype=accumulate_dtype(case.dtype))
+    seed = torch.randint(2**63 - 1, shape[:1], generator=g) if case.seeds else 2**40 + 7
+    return Given(tuple(t.requires_grad_() for t in leaves), seed, (dz, dkl))
+
+
+def cut(whole, cuts):
+    """The parts of a batch; a shared prior goes to each."""
+    if not cuts:
+        return [whole]
+    rows = len(whole.leaves[0])
+    places = [1] if cuts == 1 else [rows // 3, rows - 1]
+    leaves = zip(*(t.tensor_split(places) if t.dim() > 1 else [t] * (cuts + 1) for t in whole.leaves), strict=True)
+    dz, dkl = whole.cotangents
+    return map(
+        Given,
+        leaves,
+        whole.seed.tensor_split(places),
+        zip(dz.tensor_split(places, -2), dkl.tensor_split(places), strict=True),
+    )
+
+
+def latent(case, seed, mu, x, *prior):
+    z, kl = rk.reparameterize_kl(mu, x, seed=seed, prior=prior or None, **case.options)
+    if not case.seeds:
+        return (z, kl), rk.randn(z.shape, seed=seed, dtype=case.dtype)
+    eps = rk.randn(mu.shape[0], *case.samples, case.cols, seed=seed, dtype=case.dtype)
+    return (z, kl), eps.movedim(0, len(case.samples))
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def eager(f, part):
+    outputs, eps = f(part.seed, *part.leaves)
+    return eps, *outputs, *torch.autograd.grad(outputs, part.leaves, part.cotangents)
+
+
+def registered_op(f, part):
+    with Watching():
+        return eager(f, part)
+
+
+def formula(f, part):
+    leaves = (t.detach() for t in part.leaves)
+    outputs, pull, eps = torch.func.vjp(partial(f, part.seed), *leaves, has_aux=True)
+    return eps, *outputs, *pull(part.cotangents)
+
+
+EXECUTORS = {"eager": eager, "registered op": registered_op, "torch.compile": eager, "formula": formula}
+
+
+def results(case, whole, way, f):
+    """eps, z, KL and gradients by name, the parts put together again."""
+    torch.set_num_threads(way.threads)
+    _C.use(way.isa)
+    backends.FORCED = way.backend
+    forget()
+    parts = [EXECUTORS[way.executor](f, part) for part in cut(whole, way.cuts)]
+    found = {}
+    for name, values in zip(("eps", "z", "kl", *case.names), zip(*parts, strict=True), strict=True):
+        joined = sum(values) if "shared" in name else torch.cat(values, -2 if name in ("eps", "z") else 0)
+        found[name] = joined.detach()
+    return found
+
+
+def truths(case, whole):
+    """What numpy's oracle fixes to the bit; and the reference in float64 on the oracle's eps."""
+    mu, x, *prior = whole.leaves
+    rows, cols = mu.shape
+    if case.seeds:
+        items = [oracle.randn(seed, cols * math.prod(case.samples)) for seed in whole.seed.tolist()]
+        eps = torch.from_numpy(np.stack(items)).reshape(rows, *case.samples, cols).movedim(0, len(case.samples))
+    else:
+        eps = torch.from_numpy(oracle.randn(whole.seed, mu.numel() * math.prod(case.samples)))
+        eps = eps.reshape(*case.samples, rows, cols)
+    exact = {"eps": eps.to(case.dtype)}
+    if case.param == "std" and case.dtype == torch.float32:
+        exact["z"] = torch.from_numpy(oracle.fma(x.detach().numpy(), eps.numpy(), mu.detach().numpy()))
+    wide, wide_prior, outputs = truth(mu, x, eps, prior=tuple(prior) or None, **case.options)
+    leaves = (*wide, *(wide_prior or ()))
+    grads = torch.autograd.grad(outputs, leaves, [t.double() for t in whole.cotangents])
+    near = dict(zip(("z", "kl", *case.names), (*outputs, *grads), strict=True))
+    return exact, {"eps": eps.double(), **{name: t.detach() for name, t in near.items()}}
+
+
+ABOUT = f"""\
+Each line is compared with eager, whole, one thread, {ISAS[0]}, C++, and covers {len(CASES)} cases: every dtype \
+and `param`; no prior, one for each row, one that the rows share; rows of {", ".join(map(str, ROWS["cpu"]))}; with and \
+without sample_shape; one seed, or one for each item, as cutting a batch needs. Gradients: to mu, the second argument \
+and a prior with rows of its own. "Equal bits": as integers. "Within": the bound, and in brackets the largest \
+difference from the float64 reference, relative to the element or, where larger, the root mean square of its tensor."""
+
+
+# ---- what is compared with what, and how near it must be
+
+ALL = ("eps", "z", "kl", "gradients", "shared")
+COLUMNS = ("eps", "z", "KL", "gradients", "gradients to a shared prior")
+ORACLE, TRUTH, RUN = "the numpy oracle; its z: param std", "the reference in float64", "another run"
+THREADS, ISA, CUT = "2, 3 threads", "each instruction set, 1, 2, 3 threads", "and the batch cut in 2, 3 parts"
+TRITON, TRITON_OP, TRITON_CUT = "Triton's interpreter", "registered op, both in Triton", "batch cut, both in Triton"
+TOLERANT = {  # all others: equal bits
+    TRUTH: dict.fromkeys(DTYPES, ("z", "kl", "gradients", "shared")),
+    CUT: dict.fromkeys(DTYPES, ("shared",)),
+    TRITON_CUT: dict.fromkeys(DTYPES, ("shared",)),
+    TRITON_OP: {torch.bfloat16: ("eps",)},  # the interpreter truncates to bfloat16, torch rounds
+    "formula": dict.fromkeys(DTYPES, ("z", "kl", "gradients", "shared")),
+    TRITON: {**dict.fromkeys(DTYPES, ("kl",)), torch.float64: ALL[1:], torch.bfloat16: ALL},
+}
+
+
+def tolerance(column, dtype):
+    """Relative, and for a sum over the batch four times that; half precision: a unit in the last place."""
+    if dtype == torch.float64:
+        unit = 1e-13
+    elif column == "kl":
+        unit = 1e-6
+    else:
+        unit = {torch.float32: 4e-7 if column == "z" else 2e-6}.get(dtype, torch.finfo(dtype).eps)
+    return unit * 4 if column == "shared" else unit
+
+
+def bits(t):
+    return t.contiguous().view(INTEGERS[t.element_size()])
+
+
+def difference(got, want):
+    """The largest, relative to the element or to the root mean square of all where that is larger."""
+    size = torch.maximum(want.abs(), want.square().mean().sqrt())
+    return ((got.double() - want.double()).abs() / size).max().item()
+
+
+class Cell:
+    def __init__(self):
+        self.count = self.unequal = 0
+        self.largest = 0.0
+
+    def add(self, got, want, true):
+        self.count += 1
+        self.unequal += not torch.equal(bits(got), bits(want))
+        self.largest = max(self.largest, difference(got, true), key=lambda d: math.inf if math.isnan(d) else d)
+
+
+def fill(cells, row, case, got, want, true):
+    for name in got.keys() & want.keys():
+        column = "shared" if "shared" in name else "gradients" if name in case.names else name
+        cells.setdefault((row, case.dtype, column), Cell()).add(got[name], want[name], true[name])
+
+
+def shown(cells, row, dtype, column):
+    """The text of a cell, and whether it holds."""
+    cell = cells.get((row, dtype, column))
+    if cell is None:
+        return "", True
+    if column not in TOLERANT.get(row, {}).get(dtype, ()):
+        wrong = f"**{cell.unequal} of {cell.count} DIFFER**, {cell.largest:.1e}"
+        return wrong if cell.unequal else "equal bits", not cell.unequal
+    bound = tolerance(column, dtype)
+    holds = cell.largest <= bound
+    return f"within {bound:.2g} ({cell.largest:.1e})" if holds else f"**{cell.largest:.1e}, beyond {bound:.2g}**", holds
+
+
+def measure(case, cells):
+    f = partial(latent, case)
+    whole = given(case, "cpu")
+    exact, true = truths(case, whole)
+    base = results(case, whole, Way(), f)
+    fill(cells, ORACLE, case, base, exact, true)
+    fill(cells, TRUTH, case, base, {k: v.to(base[k].dtype) for k, v in true.items() if k != "eps"}, true)
+    fill(cells, RUN, case, results(case, whole, Way(), f), base, true)
+    ways = [("eager", 0), ("registered op", 0), ("formula", 0)]
+    if case.seeds:
+        ways += itertools.product(("eager", "registered op"), (1, 2))
+    if case.cols == 1024 and case.prior == "own":  # seconds each
+        ways += [("torch.compile", 0)]
+    torch.compiler.reset()
+    compiled = torch.compile(f, fullgraph=True, dynamic=False)
+    for (executor, cuts), isa, threads in itertools.product(ways, ISAS, (1, 2, 3)):
+        row = CUT if cuts else executor if executor != "eager" else THREADS if isa == ISAS[0] else ISA
+        way = Way("cpu", executor, cuts, isa, threads)
+        fill(cells, row, case, results(case, whole, way, compiled if executor == "torch.compile" else f), base, true)
+    whole = given(case, "triton")
+    _, true = truths(case, whole)
+    base, own = results(case, whole, Way(), f), results(case, whole, Way("triton"), f)
+    fill(cells, TRITON, case, own, base, true)
+    fill(cells, TRITON_OP, case, results(case, whole, Way("triton", "registered op"), f), own, true)
+    if case.seeds:
+        fill(cells, TRITON_CUT, case, results(case, whole, Way("triton", cuts=1), f), own, true)
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch):
+    monkeypatch.setattr(backends, "FORCED", None)
+    yield
+    _C.use(ISAS[0])
+    forget()
+
+
+@pytest.mark.parametrize("cases", [CASES[4::19], pytest.param(CASES, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_every_way_gives_one_result(cases, record_property):
+    cells = {}
+    for case in cases:
+        measure(case, cells)
+    lines, wrong = [], []
+    for row in dict.fromkeys(key[0] for key in cells):
+        alike = {}  # dtypes whose cells read the same are one line
+        for dtype in DTYPES:
+            texts, holds = zip(*(shown(cells, row, dtype, column) for column in ALL), strict=True)
+            alike.setdefault(texts, []).append(str(dtype).removeprefix("torch."))
+            wrong += [(row, dtype, c) for c, ok in zip(ALL, holds, strict=True) if not ok]
+        lines += [(row, "all" if len(d) == len(DTYPES) else ", ".join(d), *texts) for texts, d in alike.items()]
+    text = "\n".join(table(("", "dtype", *COLUMNS), lines))
+    if cases is CASES:
+        record_property("table", f"{ABOUT}\n\n{text}")
+    assert not wrong, text
+
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 1e-45, 6e-8, 1e-38, 1e30, -1e30, -200.0, 88.0, 0.5]
+
+
+@pytest.mark.parametrize("own_prior", [False, True], ids=["unit", "prior"])
+@pytest.mark.parametrize("param", PARAMS)
+def test_special_values_have_one_set_of_bits_too(param, own_prior, request):
+    """Zeros with their signs, infinities, subnormals; a NaN is a NaN, whatever its bits."""
+    if own_prior and param != "logvar" and len(ISAS) > 1:
+        reason = "dx_p: -fma(a, b, c) becomes fnmsub where there is one, and a zero changes its sign"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    values = torch.cartesian_prod(*[torch.tensor(SPECIAL, dtype=torch.float64)] * (2 + 2 * own_prior))
+    g = torch.Generator().manual_seed(2)
+    dz, dkl = torch.randn((2, len(values)), generator=g)
+    for dtype in DTYPES:
+        case = Case(dtype, param, "own" if own_prior else None, 1, (), False)
+        leaves = tuple(t.requires_grad_() for t in values.to(dtype).split(1, 1))
+        whole = Given(leaves, 7, (dz.to(dtype)[:, None], dkl.to(accumulate_dtype(dtype))))
+        base, *others = (results(case, whole, Way(isa=isa), partial(latent, case)) for isa in ISAS)
+        for name, want in base.items():
+            for got in (other[name] for other in others):
+                assert torch.equal(*(bits(torch.where(t.isnan(), math.nan, t)) for t in (got, want))), (dtype, name)
