@@ -7,7 +7,7 @@ DEMO_ARGS ?= --impl both --epochs 150
 WHY_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: demo parity why test test-slow test-arm test-gpu-code test-integrations quality sanitize fuzz bench lint clean
+.PHONY: demo parity why test test-slow test-arm test-gpu-code test-integrations quality sanitize determinism fuzz bench lint clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m examples.vae $(DEMO_ARGS) --out out/vae
@@ -43,6 +43,11 @@ quality: $(VENV)/.ready
 sanitize: $(VENV)/.ready
 	$(RUN) -m tests.sanitize
 	$(RUN) -m pytest -m 'slow or not slow' tests/test_hostile.py
+
+# Minutes: every way to a result, compared with every other.
+determinism: $(VENV)/.ready
+	$(RUN) -m pytest -m 'slow or not slow' tests/test_determinism.py --report=tests/reports/determinism.md \
+		--report-title='The same bits: every way to the same result'
 
 # 50,000 examples of the CPU kernels, 7,500 of Triton's in the interpreter, 12,500 of the noise.
 FUZZ_SEED ?= 2026
