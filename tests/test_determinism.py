@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # remembers the torch.empty that it finds: torch's own, not the fixture's
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reparam_kernels as rk
@@ -59,7 +60,7 @@ def given(case, backend):
     leaves = [*inputs(shape, case.dtype, case.param)]
     if case.prior:
         mu_p, x_p = inputs(shape[case.prior == "shared" :], case.dtype, case.param, seed=1)
-        leaves += [mu_p, x_p.clamp(0.25, 2.0)]  # or float16 overflows
+        leaves += [mu_p, x_p.clamp(0.75, 2.0)]  # or float16 overflows more often than not
     g = torch.Generator().manual_seed(2)
     dz = torch.randn((*case.samples, *shape), generator=g).to(case.dtype)
     dkl = torch.randn(shape[:1], generator=g, dtype=accumulate_dtype(case.dtype))
@@ -181,7 +182,7 @@ def tolerance(line, column, dtype):
     elif column == "kl":
         bound = 1e-6
     elif dtype == torch.float32:
-        bound = 4e-7 if column == "z" else 2e-6
+        bound = 4e-7 if column == "z" else 4e-6
     else:
         bound = torch.finfo(dtype).eps * (1.0 if "Triton" in line else 0.502)
     return 4 * bound if column == "shared" else bound  # a sum over the batch
@@ -194,7 +195,8 @@ def bits(t):
 def difference(got, want):
     """The largest, relative to the element or to the root mean square of all where that is larger."""
     size = torch.maximum(want.abs(), want.square().mean().sqrt())
-    return torch.nan_to_num((got.double() - want).abs() / size, nan=math.inf).max().item()
+    error = torch.where(got == want.to(got.dtype), 0.0, (got.double() - want).abs() / size)  # both may be infinite
+    return torch.nan_to_num(error, nan=math.inf).max().item()
 
 
 def fill(cells, line, case, got, want, true):
@@ -278,11 +280,8 @@ SPECIAL = [0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 1e-45, 6e-8, 1e-
 
 @pytest.mark.parametrize("own_prior", [False, True], ids=["unit", "prior"])
 @pytest.mark.parametrize("param", PARAMS)
-def test_special_values_have_one_set_of_bits_too(param, own_prior, request):
+def test_special_values_have_one_set_of_bits_too(param, own_prior):
     """Zeros with their signs, infinities, subnormals; a NaN is a NaN, whatever its bits."""
-    if own_prior and param != "logvar" and len(ISAS) > 1:
-        reason = "dx_p: -fma(a, b, c) becomes fnmsub where there is one, and a zero changes its sign"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     values = torch.cartesian_prod(*[torch.tensor(SPECIAL, dtype=torch.float64)] * (2 + 2 * own_prior))
     g = torch.Generator().manual_seed(2)
     dz, dkl = torch.randn((2, len(values)), generator=g)
