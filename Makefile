@@ -7,7 +7,8 @@ DEMO_ARGS ?= --impl both --epochs 150
 WHY_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: demo parity why test test-slow test-arm test-gpu-code test-integrations quality sanitize determinism fuzz bench lint clean
+.PHONY: demo parity why test test-slow test-arm test-gpu-code test-integrations \
+	quality sanitize fuzz extremes determinism faults scale supply bench lint pins clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m examples.vae $(DEMO_ARGS) --out out/vae
@@ -44,18 +45,30 @@ sanitize: $(VENV)/.ready
 	$(RUN) -m tests.sanitize
 	$(RUN) -m pytest -m 'slow or not slow' tests/test_hostile.py
 
-# Minutes: every way to a result, compared with every other.
-determinism: $(VENV)/.ready
-	$(RUN) -m pytest -m 'slow or not slow' tests/test_determinism.py --report=tests/reports/determinism.md \
-		--report-title='The same bits: every way to the same result'
-
-# 50,000 examples of the CPU kernels, 7,500 of Triton's in the interpreter, 12,500 of the noise.
+# 50,000 examples of the CPU kernels, 7,500 of Triton's in the interpreter, 12,500 of the noise: most of an hour.
 FUZZ_SEED ?= 2026
 fuzz: $(VENV)/.ready
-	FUZZ_DEPTH=125 $(RUN) -m pytest tests/test_properties.py --hypothesis-seed=$(FUZZ_SEED)
+	FUZZ_DEPTH=125 $(RUN) -m pytest tests/test_properties.py --hypothesis-seed=$(FUZZ_SEED) \
+		--report=tests/reports/fuzz.md --report-title='Any call against the formula'
+
+extremes: $(VENV)/.ready
+	$(RUN) -m pytest tests/test_extremes.py --report=tests/reports/extremes.md --report-title='Extreme values'
+
+# A quarter of an hour.
+determinism: $(VENV)/.ready
+	$(RUN) -m pytest -m 'slow or not slow' tests/test_determinism.py \
+		--report=tests/reports/determinism.md --report-title='The same bits: every way to the same result'
+
+# A quarter of an hour.
+faults: $(VENV)/.ready
+	$(RUN) -m pytest -m 'not arm' tests/test_faults.py --report=tests/reports/faults.md --report-title='Faults'
+
+# Up to 18 GB of memory; a test that finds less free is skipped.
+scale: $(VENV)/.ready
+	$(RUN) -m pytest -m slow tests/test_scale.py --report=tests/reports/scale.md --report-title='Scale'
 
 lint: $(VENV)/.ready
-	$(RUN) -m pip install -q $(PIP_ARGS) -e '.[lint]'
+	$(RUN) -m pip install -q $(PIP_ARGS) --no-build-isolation -e '.[lint]'
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
@@ -63,14 +76,26 @@ lint: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(RUN) -m bench $(BENCH_ARGS)
 
+# The newest versions, for every Python and platform. Torch is left out, since its CUDA build names gigabytes;
+# what all of its builds need stands here instead.
+TORCH_NEEDS = filelock fsspec jinja2 networkx sympy typing-extensions
+pins:
+	$(PYTHON) -m venv out/pins
+	out/pins/bin/python -m pip install -q $(PIP_ARGS) uv==0.13.9
+	echo torch > out/pins/torch
+	printf '%s\n' $(TORCH_NEEDS) | UV_CUSTOM_COMPILE_COMMAND='make pins' out/pins/bin/uv pip compile -q --upgrade \
+		--universal --python-version 3.10 --generate-hashes --only-binary :all: --emit-build-options --no-annotate \
+		--extra test --extra examples --excludes out/pins/torch pyproject.toml - -o requirements.txt
+
 clean:
 	rm -rf build dist out $(VENV) $(VENV)-integrations *.egg-info reparam_kernels/_C*.so
 
-# The tests pin torch; where pip brings its CUDA build, that build brings its own triton.
-$(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*)
+# All by hash but torch: which build of it, the index says. A CUDA build then replaces triton by its own.
+$(VENV)/.ready: pyproject.toml setup.py requirements.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install $(PIP_ARGS) --require-hashes -r requirements.txt
 	$(RUN) -m pip install $(PIP_ARGS) 'torch==2.13.0'
-	$(RUN) -m pip install $(PIP_ARGS) -e '.[test,examples]'
+	$(RUN) -m pip install $(PIP_ARGS) --no-deps --no-build-isolation -e .
 	touch $@
 
 $(VENV)-integrations/.ready: pyproject.toml setup.py $(wildcard csrc/*)

@@ -10,6 +10,7 @@ from setuptools import setup
 # Rounding is part of the contract: nothing may be contracted, reordered or assumed.
 KERNEL_FLAGS = [
     "-O3",
+    "-g0",  # debug information names the folders of the machine that built it
     "-fopenmp-simd",
     "-ffp-contract=off",
     "-fno-math-errno",

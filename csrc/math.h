@@ -122,24 +122,58 @@ REPARAM_INLINE float log(float u) {
 
 REPARAM_INLINE float expm1(float x) { return exp_half(2.f * x).d; }
 
+// f - log1p(f), without the cancellation near 0.
+REPARAM_INLINE float minus_log1p(float f) {
+  const Split s = split(1.f + f, f);
+  return fma(-s.e, kLn2Hi, f - s.h) + fma(-s.e, kLn2Lo, s.h * s.h * series(s.h));
+}
+
+// log q, q = a / b, also where q has too few digits left.
+REPARAM_INLINE float log_ratio(float a, float b, float q) {
+  const bool tiny = q < 0x1p-100f;
+  return log(tiny ? a * 0x1p99f / (b * 0x1p-51f) : q) - (tiny ? 103.972077f : 0.f);  // 150 log 2
+}
+
+// float64: the C library's.
+REPARAM_INLINE double log(double x) { return __builtin_log(x); }
+REPARAM_INLINE double expm1(double x) { return __builtin_expm1(x); }
+REPARAM_INLINE double minus_log1p(double f) { return f - __builtin_log1p(f); }
+REPARAM_INLINE double log_ratio(double a, double b, double q) {
+  return q < 0x1p-900 ? __builtin_log(a) - __builtin_log(b) : __builtin_log(q);
+}
+
 // ---- softplus
 
+template <class C>
 struct Softplus {
-  float value, slope;
+  C value, slope;
 };
 
-REPARAM_INLINE Softplus softplus(float x) {
-  const float t = exp_half(-2.f * __builtin_fabsf(x)).sigma;
+// Where exp(-|x|) would stop to be a normal number, it and with it softplus and its slope stay as they are.
+template <class C>
+constexpr C kLast = sizeof(C) == 4 ? C(87.336) : C(708);
+
+REPARAM_INLINE Softplus<float> softplus(float x) {
+  const float size = __builtin_fabsf(x), t = exp_half(-2.f * (size > kLast<float> ? kLast<float> : size)).sigma;
   const float s = 1.f / (1.f + t);
   return {(x < 0.f ? 0.f : x) + log1p(t), x < 0.f ? t * s : s};
 }
 
+REPARAM_INLINE Softplus<double> softplus(double x) {
+  const double size = __builtin_fabs(x), t = __builtin_exp(size > kLast<double> ? -kLast<double> : -size);
+  return {(x < 0 ? 0 : x) + __builtin_log1p(t), (x < 0 ? t : 1) / (1 + t)};
+}
+
 // softplus(x) - softplus(y), without the cancellation where they are close; y = hi + lo; slopes are the sigmoids.
-REPARAM_INLINE float softplus_difference(float x, Softplus sx, float hi, float lo, Softplus sy) {
+REPARAM_INLINE float softplus_difference(float x, Softplus<float> sx, float hi, float lo, Softplus<float> sy) {
   const float v = (x - hi) - lo, size = __builtin_fabsf(v);
   const float near = log1p((v < 0.f ? sx.slope : sy.slope) * expm1(size < 16.f ? size : 16.f));
   const bool close = (size < 16.f) & (sx.value < 2.5f * sy.value) & (sy.value < 2.5f * sx.value);
   return close ? (v < 0.f ? -near : near) : sx.value - sy.value;
+}
+
+REPARAM_INLINE double softplus_difference(double, Softplus<double> sx, double, double, Softplus<double> sy) {
+  return sx.value - sy.value;
 }
 
 // ---- one element of the latent layer
@@ -178,101 +212,101 @@ REPARAM_INLINE Element<float> from_log(float scale, float mu, float lv, float mu
     const float d = lv - lvp, back = d - lv;
     const float rest = (lv - (d - back)) - (lvp + back);  // d + rest is lv - lvp exactly
     const Exp r = exp_half(d);
-    const float inverse = exp_half(-lvp).sigma;
+    const float quarter = -.5f * lvp;
+    const float root = exp_half(quarter < -170.f ? -170.f : quarter > 175.f ? 175.f : quarter).sigma;
     em1 = expm1_twice(r);
     k = expm1_minus(r, d);
     k = k < kInf ? fma(em1, rest, k) : k;  // where k is infinite, the correction may be NaN
-    delta = (mu - mu_p) * inverse;
-    out.dkl_mu = delta * inverse;
+    delta = (mu - mu_p) * root * root;     // root^2 is 1 / sigma_p, which as a number may be 0 or infinite
+    out.dkl_mu = delta * root * root;
   }
   out.kl = .5f * fma(delta, delta, k);
   out.dkl_x = scale * em1;
-  out.dkl_xp = -scale * fma(delta, delta, em1);
+  out.dkl_xp = scale * fma(-delta, delta, -em1);  // GCC makes -fma another zero where the CPU has an fma
   return out;
 }
 
-// From the standard deviations: f = sigma / sigma_p - 1, given as its numerator.
+// f = sigma / sigma_p - 1, q = f + 1 and log q, each to full relative accuracy.
+template <class C>
+struct Ratio {
+  C f, q, log_q;
+};
+
+// From the standard deviations, s and p, and their ratio; a slope is divided by its sigma last, where both are tiny.
+template <bool kPrior, class C>
+REPARAM_INLINE Element<C> from_std(C mu, Softplus<C> s, C mu_p, Softplus<C> p, Ratio<C> r) {
+  constexpr C kHuge = sizeof(C) == 4 ? C(0x1p62) : C(0x1p500);
+  const C g = minus_log1p(r.f);
+  const C above = fma(r.f, r.f, g + g);
+  const C below = fma(C(-2), r.log_q, fma(r.q, r.q, C(-1)));
+  const C k = r.f < C(-.6) ? below : r.f < kHuge ? above : r.f * r.f;  // keeps NaN
+  const C delta = kPrior ? (mu - mu_p) / p.value : mu;
+  Element<C> out;
+  out.sigma = s.value;
+  out.kl = C(.5) * fma(delta, delta, k);
+  out.dsigma = s.slope;
+  out.dkl_x = s.slope * r.f / s.value * (r.f + C(2));
+  out.dkl_mu = kPrior ? delta / p.value : mu;
+  out.dkl_xp = fma(-delta, p.slope * delta / p.value, -(p.slope * r.f / p.value * (r.f + C(2))));
+  return out;
+}
+
+template <bool kPrior, class C>
+REPARAM_INLINE Element<C> from_softplus(const Constants<C>& c, C mu, C x, C mu_p, C x_p) {
+  constexpr C kExp = sizeof(C) == 4 ? C(-17) : C(-37);  // below, softplus is exp
+  const bool bare = c.min_std == 0;
+  const Softplus<C> s = softplus(x), p = kPrior ? softplus(x_p) : Softplus<C>{1 - c.min_std, c.unit_slope};
+  const C sigma = s.value + c.min_std, sigma_p = p.value + c.min_std;
+  const C difference = softplus_difference(x, s, kPrior ? x_p : c.unit_hi, kPrior ? C(0) : c.unit_lo, p);
+  const C beyond = bare & (x < -kLast<C>) ? x + kLast<C> : C(0);  // log sigma goes on where sigma stays
+  Ratio<C> r{difference, sigma, log(sigma) + beyond};
+  if constexpr (kPrior) {
+    const C v = x - x_p;
+    const bool exps = bare & (x < kExp) & (x_p < kExp);
+    r.f = exps ? expm1(v) : difference / sigma_p;
+    r.q = exps ? r.f + 1 : sigma / sigma_p;
+    r.log_q = exps ? v : log_ratio(sigma, sigma_p, r.q) + beyond;
+  }
+  return from_std<kPrior>(mu, {sigma, s.slope}, mu_p, {sigma_p, p.slope}, r);
+}
+
+template <bool kPrior, class C>
+REPARAM_INLINE Element<C> from_plain_std(C mu, C x, C mu_p, C x_p) {
+  if constexpr (kPrior) {
+    const C q = x / x_p;
+    return from_std<true>(mu, {x, 1}, mu_p, {x_p, 1}, Ratio<C>{(x - x_p) / x_p, q, log_ratio(x, x_p, q)});
+  } else {
+    return from_std<false>(mu, {x, 1}, C(0), {1, 1}, Ratio<C>{x - 1, x, log(x)});
+  }
+}
+
+// From the logarithms in float64: the contract's formulas as they stand.
 template <bool kPrior>
-REPARAM_INLINE Element<float> from_std(float mu, float sigma, float slope, float mu_p, float sigma_p, float slope_p,
-                                       float numerator) {
-  const float inverse = kPrior ? 1.f / sigma_p : 1.f;
-  const float f = kPrior ? numerator / sigma_p : numerator, q = kPrior ? sigma / sigma_p : sigma;
-  const Split p = split(1.f + f, f);
-  const float g = fma(-p.e, kLn2Hi, f - p.h) + fma(-p.e, kLn2Lo, p.h * p.h * series(p.h));  // f - log1p(f)
-  const float above = fma(f, f, g + g);
-  const float below = fma(-2.f, log(q), fma(q, q, -1.f));
-  const float k = f < -.6f ? below : f < 0x1p62f ? above : f * f;  // keeps NaN
-  const float em1 = fma(f, f, f + f);
-  const float delta = kPrior ? (mu - mu_p) * inverse : mu;
-  Element<float> out;
-  out.sigma = sigma;
-  out.dsigma = slope;
-  out.kl = .5f * fma(delta, delta, k);
-  out.dkl_x = em1 / sigma * slope;
-  out.dkl_mu = delta * inverse;
-  out.dkl_xp = -fma(delta, delta, em1) * inverse * slope_p;
-  return out;
+REPARAM_INLINE Element<double> from_log(double dl, double mu, double x, double mu_p, double x_p) {
+  const double sigma = __builtin_exp(dl * x), d = 2 * dl * (kPrior ? x - x_p : x), em1 = __builtin_expm1(d);
+  double delta = mu, dkl_mu = mu;
+  if constexpr (kPrior) {
+    const double half = -.5 * dl * x_p;
+    const double root = __builtin_exp(half < -700 ? -700 : half > 700 ? 700 : half);
+    delta = (mu - mu_p) * root * root;
+    dkl_mu = delta * root * root;
+  }
+  return {sigma, .5 * (delta * delta + (em1 - d)), dl * sigma, dl * em1, dkl_mu, -dl * (em1 + delta * delta)};
 }
 
-template <Param kParam, bool kPrior>
-REPARAM_INLINE Element<float> element(const Constants<float>& c, float mu, float x, float mu_p, float x_p) {
-  if constexpr (kParam == Param::logvar) {
+template <Param kParam, bool kPrior, class C>
+REPARAM_INLINE Element<C> element(const Constants<C>& c, C mu, C x, C mu_p, C x_p) {
+  if constexpr (kParam == Param::std) {
+    return from_plain_std<kPrior>(mu, x, mu_p, x_p);
+  } else if constexpr (kParam == Param::softplus) {
+    return from_softplus<kPrior>(c, mu, x, mu_p, x_p);
+  } else if constexpr (sizeof(C) == 8) {
+    return from_log<kPrior>(kParam == Param::logvar ? .5 : 1., mu, x, mu_p, x_p);
+  } else if constexpr (kParam == Param::logvar) {
     return from_log<kPrior>(.5f, mu, x, mu_p, x_p);
-  } else if constexpr (kParam == Param::logstd) {
+  } else {
     return from_log<kPrior>(1.f, mu, x + x, mu_p, x_p + x_p);
-  } else if constexpr (kParam == Param::std) {
-    return from_std<kPrior>(mu, x, 1.f, mu_p, x_p, 1.f, x - (kPrior ? x_p : 1.f));
-  } else {
-    const Softplus s = softplus(x);
-    if constexpr (kPrior) {
-      const Softplus p = softplus(x_p);
-      return from_std<true>(mu, s.value + c.min_std, s.slope, mu_p, p.value + c.min_std, p.slope,
-                            softplus_difference(x, s, x_p, 0.f, p));
-    } else {
-      const float numerator = softplus_difference(x, s, c.unit_hi, c.unit_lo, {1.f - c.min_std, c.unit_slope});
-      return from_std<false>(mu, s.value + c.min_std, s.slope, 0.f, 1.f, 0.f, numerator);
-    }
   }
-}
-
-// float64: the formulas of the contract as they stand; expm1 and log1p of the C library keep the small differences.
-template <Param kParam, bool kPrior>
-REPARAM_INLINE Element<double> element(const Constants<double>& c, double mu, double x, double mu_p, double x_p) {
-  Element<double> out;
-  double sigma_p = 1, em1, k, dl = 1, dl_p = 1;  // dl = d log sigma / dx
-  if constexpr (kParam == Param::logvar || kParam == Param::logstd) {
-    dl = dl_p = kParam == Param::logvar ? .5 : 1;
-    out.sigma = __builtin_exp(dl * x);
-    out.dsigma = dl * out.sigma;
-    const double d = 2 * dl * (kPrior ? x - x_p : x);
-    if constexpr (kPrior) sigma_p = __builtin_exp(dl * x_p);
-    em1 = __builtin_expm1(d);
-    k = em1 - d;
-    out.dkl_x = dl * em1;
-  } else {
-    out.sigma = x;
-    out.dsigma = 1;
-    if constexpr (kPrior) sigma_p = x_p;
-    if constexpr (kParam == Param::softplus) {
-      const double t = __builtin_exp(-__builtin_fabs(x)), t_p = __builtin_exp(-__builtin_fabs(x_p));
-      out.sigma = (x < 0 ? 0 : x) + __builtin_log1p(t) + c.min_std;
-      out.dsigma = (x < 0 ? t : 1) / (1 + t);
-      if constexpr (kPrior) {
-        sigma_p = (x_p < 0 ? 0 : x_p) + __builtin_log1p(t_p) + c.min_std;
-        dl_p = (x_p < 0 ? t_p : 1) / (1 + t_p);
-      }
-    }
-    dl_p /= sigma_p;
-    const double f = (out.sigma - sigma_p) / sigma_p;
-    em1 = f * (f + 2);
-    k = f * f + 2 * (f - __builtin_log1p(f));
-    out.dkl_x = em1 / out.sigma * out.dsigma;
-  }
-  const double delta = kPrior ? (mu - mu_p) / sigma_p : mu;
-  out.kl = .5 * (delta * delta + k);
-  out.dkl_mu = delta / sigma_p;
-  out.dkl_xp = -(em1 + delta * delta) * dl_p;
-  return out;
 }
 
 }  // namespace

@@ -86,6 +86,14 @@ class DiagonalGaussian:
     def _prior(self, other: "DiagonalGaussian | None") -> tuple[Tensor, Tensor] | None:
         if other is None:
             return None
+        if not isinstance(other, DiagonalGaussian):
+            checks.fail(
+                TypeError,
+                "DiagonalGaussian.kl",
+                "other must be a DiagonalGaussian",
+                type(other).__name__,
+                "Make one of the prior's mu and logvar; sample_shape goes by its keyword.",
+            )
         same = {key: value for key, value in self._options.items() if key != "clamp"}
         if any(other._options[key] != value for key, value in same.items()):
             checks.fail(

@@ -94,7 +94,7 @@ def reduced(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
     """A gradient to an expanded prior, summed to its own shape in an order that does not depend on threads."""
     if grad is None or like is None or grad.shape == like.shape:
         return grad
-    if like.numel() > 1:
+    if like.numel() != 1:
         return grad.sum_to_size(like.shape).to(like.dtype)
     parts = grad.reshape(-1)
     while parts.numel() > 1024:  # torch splits a sum to one number over its threads, shorter ones it does not

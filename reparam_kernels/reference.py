@@ -47,13 +47,24 @@ def noise(seed: Tensor, shape: tuple[int, ...], samples: int = 1) -> Tensor:
 def log_sigma(x: Tensor, param: str, min_std: float) -> Tensor:
     if param == "logvar":
         return x / 2
-    return x if param == "logstd" else torch.log(sigma_of(x, param, min_std))
+    if param == "logstd":
+        return x
+    if param == "softplus" and min_std == 0:
+        exponential = x < -40  # there softplus(x) is exp(x), and may be 0 as a number
+        return torch.where(exponential, x, torch.log(sigma_of(torch.where(exponential, 0, x), param, min_std)))
+    return torch.log(sigma_of(x, param, min_std))
 
 
 def sigma_of(x: Tensor, param: str, min_std: float) -> Tensor:
     if param in ("logvar", "logstd"):
         return torch.exp(log_sigma(x, param, min_std))
     return x if param == "std" else softplus(x, threshold=40.0) + min_std
+
+
+def bounded_exp(x: Tensor) -> Tensor:
+    """exp(x) as a number that is neither 0 nor infinite, and its own derivative."""
+    limit = math.log(torch.finfo(x.dtype).max) - 1
+    return torch.exp(x.clamp(-limit, limit).detach() + (x - x.detach()).nan_to_num())
 
 
 def formula(call: Call) -> tuple[Tensor | None, Tensor | None]:
@@ -75,9 +86,9 @@ def formula(call: Call) -> tuple[Tensor | None, Tensor | None]:
     if spec.kl:
         delta, d = mu, 2 * log_sigma(x, spec.param, spec.min_std)
         if call.mu_p is not None and call.x_p is not None:
-            x_p = widen(call.x_p)
-            delta = (mu - widen(call.mu_p)) / sigma_of(x_p, spec.param, spec.min_std)
-            d = d - 2 * log_sigma(x_p, spec.param, spec.min_std)
+            log_sigma_p = log_sigma(widen(call.x_p), spec.param, spec.min_std)
+            d = d - 2 * log_sigma_p
+            delta = (mu - widen(call.mu_p)) * bounded_exp(-log_sigma_p)
         kl = (delta**2 + torch.expm1(d) - d) / 2
         if spec.event_ndim:
             kl = kl.sum(dim=tuple(range(-spec.event_ndim, 0)))

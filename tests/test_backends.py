@@ -7,11 +7,11 @@ import sys
 import pytest
 
 
-def python(code, expect=0, **env):
+def python(code, expect=0, timeout=60, **env):
     """Runs code in a fresh interpreter; env values of None unset."""
     full = {k: v for k, v in os.environ.items() if not k.startswith(("REPARAM_", "TRITON_"))}
     full.update({k: v for k, v in env.items() if v is not None})
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=full, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=full, timeout=timeout)
     assert done.returncode == expect, done.stderr
     return done.stdout + done.stderr
 

@@ -203,6 +203,12 @@ CASES = {
         "DiagonalGaussian.kl: other must have the same param and min_std; got std, 0.0. "
         "Give both distributions the same parameterisation.",
     ),
+    "other's kind": (
+        lambda: rk.DiagonalGaussian(MU, X).rsample_kl((5,)),
+        TypeError,
+        "DiagonalGaussian.kl: other must be a DiagonalGaussian; got tuple. "
+        "Make one of the prior's mu and logvar; sample_shape goes by its keyword.",
+    ),
 }
 
 

@@ -2,20 +2,20 @@
 
 import ctypes
 import importlib
-import pickle
 import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch.autograd.graph import saved_tensors_hooks
 
 import reparam_kernels as rk
 from reparam_kernels import backends
+from tests import oracle
 from tests.cases import assert_near, inputs, noise, truth
 from tests.conftest import forget
 from tests.test_backends import SAMPLE, python
@@ -157,6 +157,114 @@ def test_a_hundred_thousand_calls_keep_no_memory():
     assert max(grown) < 2**20
 
 
+STEPS = """
+import resource, numpy as np, torch, reparam_kernels as rk
+torch.set_num_threads(1)
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+def fixed():
+    mu, x = (torch.linspace(-1, 1, 20).view(4, 5).requires_grad_() for _ in "ab")
+    z, kl = rk.reparameterize_kl(mu, x, seed=7)
+    grads = torch.autograd.grad((z, kl), (mu, x), (mu.detach(), torch.ones(4)))
+    return b"".join(t.detach().numpy().tobytes() for t in (z, kl, *grads))
+
+first, target = fixed(), torch.linspace(-1, 1, 20).view(4, 5)
+mu, x = (torch.zeros(4, 5, requires_grad=True) for _ in "ab")
+optimizer = torch.optim.SGD([mu, x], 0.01)
+kept = [np.full((n, 4, 5), np.nan, np.float32) for _ in range(5)] + [np.full((n, 4), np.nan, np.float32)]
+torch.manual_seed(0)
+for i in range(n):
+    kept[0][i], kept[1][i] = mu.detach().numpy(), x.detach().numpy()
+    z, kl = rk.reparameterize_kl(mu, x)
+    optimizer.zero_grad()
+    ((z - target).square().sum() / 2 + kl.sum()).backward()
+    for into, t in zip(kept[2:], (z, mu.grad, x.grad, kl)):
+        into[i] = t.detach().numpy()
+    optimizer.step()
+    if i == 1000:
+        before = resident()
+print(resident() - before, fixed() == first)
+torch.manual_seed(0)
+seeds = np.array([torch.randint(2**63 - 1, (1,)).item() for _ in range(n)], np.uint64)
+np.savez(path, *kept, seeds)
+"""
+
+
+@pytest.mark.slow
+@linux
+def test_a_million_training_steps(tmp_path, record_property):
+    """Noise, z, KL and gradients of each against float64, the seeds being torch's own; then where training settles."""
+    n, path = 10**6, tmp_path / "steps.npz"
+    grown, same = python(f"n, path = {n}, {str(path)!r}\n{STEPS}", timeout=1200).split()
+    assert same == "True"
+    assert int(grown) < 2**20
+    mu, x, z, dmu, dx, kl, seeds = np.load(path).values()
+    assert len(np.unique(seeds)) == n
+    target = np.linspace(-1, 1, 20).reshape(4, 5)
+    made, worst = np.empty(z.shape), np.zeros(4)
+    for part in np.array_split(np.arange(n), 20):
+        m, v, got_z = (t[part].astype(np.float64) for t in (mu, x, z))
+        eps = np.stack(oracle.box_muller(*oracle.words(seeds[part, None], 0, 5)), -1).reshape(m.shape)
+        sigma = np.exp(v / 2)
+        made[part] = (got_z - m) / sigma
+        true_kl = (m**2 + np.expm1(v) - v).sum(2) / 2
+        dz = got_z - target
+        true = m + sigma * eps, dz + m, dz * sigma * eps / 2 + np.expm1(v) / 2, true_kl
+        errors = [
+            np.abs(got[part] - want) / (1 + np.abs(want)) for got, want in zip((z, dmu, dx, kl), true, strict=True)
+        ]
+        worst = np.maximum(worst, [e.max() for e in errors])
+    assert (worst < 1e-6).all()
+    mean, variance = made.mean() * made.size**0.5, (made.var() - 1) * (made.size / 2) ** 0.5
+    ks = stats.kstest(made.reshape(-1), "norm").pvalue
+    assert abs(mean) < 4.9  # p = 1e-6
+    assert abs(variance) < 4.9
+    assert ks > 1e-6
+    # The loss is least at mu = target / 2 and variance 1/2, and so are the means over all steps, to 1 / sqrt(n).
+    assert np.abs(mu.mean(0, dtype=np.float64) - target / 2).max() < 0.002
+    assert np.abs(np.exp(x.astype(np.float64)).mean(0) - 0.5).max() < 0.004
+    record_property("steps", n)
+    record_property("resident memory grew by", f"{int(grown) // 1024} KiB")
+    record_property("largest error", f"{worst.max():.1e}")
+    record_property(
+        "the 2e7 normals", f"mean {mean:+.1f} and variance {variance:+.1f} standard errors, KS p = {ks:.2g}"
+    )
+
+
+@pytest.mark.slow
+@linux
+def test_options_that_differ_on_each_call_are_not_kept(record_property):
+    """Schedules of min_std and clamp: the caches stay within their bounds, and each call has its own options."""
+    out = python("""
+import resource, torch, reparam_kernels as rk
+from reparam_kernels import spec
+from reparam_kernels.backends import cpu
+torch.set_num_threads(1)
+mu, x = torch.linspace(-1, 1, 20).view(4, 5), torch.linspace(-3, 3, 20).view(4, 5)
+eps = rk.randn(4, 5, seed=7)
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+for i in range(100_000):
+    options = dict(param="softplus", min_std=i * 1e-6, clamp=(-2 - i * 1e-5, 2.0))
+    got = rk.reparameterize_kl(mu, x, seed=7, **options)
+    if i == 10_000:
+        before = resident()
+    if i % 1000 == 0:
+        want = rk.reference.reparameterize_kl(*(t.double() for t in (mu, x)), eps=eps.double(), **options)
+        assert all(torch.allclose(g.double(), w, rtol=1e-6, atol=1e-6) for g, w in zip(got, want))
+print(resident() - before, *(c.cache_info().currsize for c in (spec._known_spec, cpu._options)))
+""")
+    grown, *sizes = map(int, out.split())
+    record_property("calls", 100_000)
+    record_property("resident memory grew by", f"{grown // 1024} KiB")
+    assert grown < 2**20
+    assert sizes == [1024, 256]
+
+
 @pytest.mark.slow
 @linux
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is over glibc's")
@@ -226,6 +334,42 @@ def test_a_backward_hook_that_fails(name):
     s.again()
 
 
+@linux
+def test_a_signal_handler_that_raises_at_any_moment():
+    """As Ctrl-C does: between any two lines of Python, in forward and in backward; the next call is right."""
+    out = python("""
+import random, signal, torch, reparam_kernels as rk
+torch.set_num_threads(1)
+
+class Stop(Exception):
+    pass
+
+def stop(*_):
+    raise Stop
+
+def work():
+    mu, x = (torch.full((64, 5), v, requires_grad=True) for v in (0.5, -0.25))
+    z, kl = rk.reparameterize_kl(mu, x, seed=7)
+    grads = torch.autograd.grad((z, kl), (mu, x), (mu.detach(), torch.ones(64)))
+    return b"".join(t.detach().numpy().tobytes() for t in (z, kl, *grads))
+
+want, stopped = work(), 0
+signal.signal(signal.SIGALRM, stop)
+for _ in range(3000):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 2e-4))
+        try:
+            work()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except Stop:
+        stopped += 1
+    assert work() == want
+print(stopped)
+""")
+    assert int(out) > 300
+
+
 # ---- processes
 
 
@@ -242,6 +386,100 @@ if child == 0:
 print(os.waitpid(child, 0)[1])
 """
     assert python("import warnings; warnings.simplefilter('ignore')\n" + code).strip() == "0"
+
+
+FORKS = """
+import os, signal, sys, threading, time, warnings, torch, reparam_kernels as rk
+warnings.simplefilter("ignore")  # Python 3.12 warns of forks beside threads
+torch.set_num_threads(2)
+# Made here, and compared as bytes: torch's own parallel ops would hang in a child.
+mu, x, dz = (torch.full((1 << 14, 8), v) for v in (0.5, -0.25, 2.0))
+dkl = torch.ones(1 << 14)
+
+def work():
+    leaves = mu.detach().requires_grad_(), x.detach().requires_grad_()
+    outputs = rk.reparameterize_kl(*leaves, seed=7)
+    return [t.detach().numpy().tobytes() for t in (*outputs, *torch.autograd.grad(outputs, leaves, (dz, dkl)))]
+
+def right(*_):
+    torch.set_num_threads(2)
+    return work() == want
+
+def in_threads():
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(right())) for _ in range(3)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    return found == [True] * 3
+
+def in_a_child(body):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # a child that hangs is killed, and its status says so
+        os._exit(0 if body() else 1)
+    return os.waitpid(child, 0)[1] == 0
+
+want = work()
+"""
+
+BUSY = (
+    FORKS
+    + """
+stop, rounds, wrong = threading.Event(), [0] * 3, []
+
+def busy(i):
+    torch.set_num_threads(2)
+    while not stop.is_set():
+        rounds[i] += 1
+        if work() != want: wrong.append(i)
+
+def several():
+    return right() and in_threads() and in_a_child(right) and right()
+
+threads = [threading.Thread(target=busy, args=(i,)) for i in range(3)]
+for t in threads: t.start()
+while min(rounds) == 0: time.sleep(0.01)
+passed = []
+for i in range(40):
+    seen, body = sum(rounds), (right, in_threads, lambda: in_a_child(right), several)[i % 4]
+    passed.append(in_a_child(body))
+    if not passed[-1]: break
+    while sum(rounds) == seen: time.sleep(0.001)  # the parent's threads go on
+    if i == 20:  # from a thread with workers of its own
+        t = threading.Thread(target=lambda: passed.append(right() and in_a_child(several)))
+        t.start(); t.join()
+stop.set()
+for t in threads: t.join()
+
+def workers():
+    torch.set_num_threads(2)
+    time.sleep(1)  # for the workers of threads that ended to end
+    before = len(os.listdir("/proc/self/task"))
+    work()
+    passed.append(len(os.listdir("/proc/self/task")) == before + 1)
+
+t = threading.Thread(target=workers)  # the parent's calls still get a team
+t.start(); t.join()
+print(passed.count(False), len(passed), wrong, right())
+"""
+)
+
+
+@linux
+def test_forks_while_threads_are_inside_an_op():
+    """Children, their children and their threads finish with the right bits; the parent's threads too."""
+    assert python(BUSY, timeout=300).strip() == "0 42 [] True"
+
+
+@linux
+def test_a_pool_of_forked_processes():
+    """multiprocessing's, after the parent has used its threads: forward and backward in each worker, repeatedly."""
+    code = """
+from multiprocessing import get_context
+with get_context("fork").Pool(3) as pool:
+    print(pool.map_async(right, range(30), chunksize=1).get(40) == [True] * 30, right())
+"""
+    assert python(FORKS + code).split() == ["True", "True"]
 
 
 # ---- what is missing, old or wrong
@@ -281,6 +519,58 @@ def test_a_torch_that_does_not_lend_its_tensors(monkeypatch, lent, why):
         forget()
     whole()
     assert rk.backend_for(torch.zeros(1)) == "cpu"
+
+
+def another_module(folder, source):
+    """A shared library of a few lines of C."""
+    cc = shutil.which("cc")
+    if cc is None:
+        pytest.skip("no C compiler")
+    (folder / "other.c").write_text(source)
+    subprocess.run([cc, "-shared", "-fPIC", folder / "other.c", "-o", folder / "other.so"], check=True)
+    return (folder / "other.so").read_bytes()
+
+
+@linux
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        (lambda tmp, whole: None, "cannot import name '_C'"),
+        (lambda tmp, whole: b"", "file too short"),
+        (lambda tmp, whole: whole[:100], "cannot read file data"),
+        (lambda tmp, whole: b"garbage" * 1000, "invalid ELF header"),
+        (lambda tmp, whole: whole[:18] + b"\xf3\0" + whole[20:], "cannot open shared object file"),
+        (lambda tmp, whole: another_module(tmp, "int other;"), "does not define module export function"),
+        (
+            lambda tmp, whole: another_module(tmp, "int gone(void); int PyInit__C(void) { return gone(); }"),
+            "undefined symbol: gone",
+        ),
+    ],
+    ids=["absent", "empty", "half a header", "garbage", "of another machine", "another library", "of another Python"],
+)
+def test_a_broken_extension(tmp_path, made, why):
+    """One warning that says what is wrong, and the reference; an error where the CPU kernels are forced."""
+    from reparam_kernels import _C
+
+    extension = Path(_C.__file__)
+    shutil.copytree(ROOT / "reparam_kernels", tmp_path / "reparam_kernels", ignore=shutil.ignore_patterns("_C*.so"))
+    found = made(tmp_path, extension.read_bytes())
+    if found is not None:
+        (tmp_path / "reparam_kernels" / extension.name).write_bytes(found)
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
+{SAMPLE}; rk.randn(3); print(rk.__file__)
+"""
+    out = python(code, LD_BIND_NOW="1")
+    assert out.startswith("reference 1.78875")
+    assert str(tmp_path / "reparam_kernels/__init__.py") in out
+    assert out.count("Warning") == out.count("runs in plain torch on cpu, slower: ") == 1
+    assert why in out.split("slower: ")[1].split("\n")[0]
+    forced = python(code, 1, REPARAM_BACKEND="cpu")
+    assert "RuntimeError: REPARAM_BACKEND=cpu: every tensor must be one that this backend takes; got" in forced
+    assert why in forced.split("takes; got")[1]
 
 
 NO_TRITON = """
@@ -372,73 +662,3 @@ print(launch())
         SAMPLE, REPARAM_BACKEND="triton", TRITON_INTERPRET="1", TRITON_CACHE_DIR=str(tmp_path / "file/cache")
     )
     assert interpreted.startswith("triton 1.788757")
-
-
-# ---- supply
-
-
-def test_every_subpackage_and_data_file_is_in_the_wheel():
-    tomllib = pytest.importorskip("tomllib")
-    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    package = ROOT / "reparam_kernels"
-    folders = {path.parent.relative_to(ROOT) for path in package.rglob("*.py")}
-    assert sorted(table["packages"]) == sorted(".".join(folder.parts) for folder in folders)
-    others = {".py", ".pyc", ".so", ".pyd"}
-    data = {path.name for path in package.rglob("*") if path.is_file() and path.suffix not in others}
-    assert set(table["package-data"]["reparam_kernels"]) == data == {"py.typed", "_C.pyi"}
-
-
-class Evil:
-    """Leaves a file behind where it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
-    from examples.vae.training import Options, restore
-
-    torch.save({"options": Evil(tmp_path / "ran")}, tmp_path / "c.pt")
-    with pytest.raises(pickle.UnpicklingError):
-        restore(tmp_path / "c.pt", None, None, Options())
-    assert not (tmp_path / "ran").exists()
-
-
-def test_images_that_run_code_are_refused(tmp_path):
-    from examples.vae.data import load
-
-    np.savez(tmp_path / "x.npz", x=np.array([Evil(tmp_path / "ran")], dtype=object))
-    with pytest.raises(ValueError, match="allow_pickle=False"):
-        load(tmp_path / "x.npz")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_nothing_asks_the_network(tmp_path):
-    """Python's own audit refuses every socket, also those that C code opens through it."""
-    code = f"""
-import sys
-
-def refuse(event, args):
-    if event.startswith("socket."):
-        raise RuntimeError("network: " + event)
-
-sys.addaudithook(refuse)
-import socket
-try:
-    socket.socket()
-except RuntimeError:
-    print("refused")
-import torch, examples.why_reparameterize
-from pathlib import Path
-from examples.vae.data import load
-from examples.vae.training import Options, train
-import reparam_kernels as rk
-checkpoint = Path({str(tmp_path / "c.pt")!r})
-for epochs in (1, 2):
-    train(load(), Options(epochs=epochs, hidden=8), checkpoint, resume=epochs > 1, quiet=True)
-print(rk.backend_for(torch.zeros(1)))
-"""
-    assert python(code).split() == ["refused", "cpu"]

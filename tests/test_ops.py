@@ -103,6 +103,9 @@ def test_empty_tensors(backend, shape):
     assert torch.equal(kl, torch.zeros(kl.shape))
     (z.sum() + kl.sum()).backward()
     assert mu.grad.shape == x.grad.shape == mu.shape
+    prior = tuple(torch.zeros(shape[-1:], requires_grad=True) for _ in range(2))
+    rk.kl_divergence(mu, x, prior=prior).sum().backward()
+    assert all(torch.equal(p.grad, torch.zeros(shape[-1:])) for p in prior)
 
 
 @pytest.mark.parametrize("param", PARAMS)

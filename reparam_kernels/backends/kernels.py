@@ -192,9 +192,28 @@ def log(u):
 
 
 @triton.jit
+def minus_log1p(f):
+    """f - log1p(f), without the cancellation near 0."""
+    e, h, _ = split(1.0 + f, f)
+    return tl.fma(-e, 0.693145752, f - h) + tl.fma(-e, 1.42860677e-6, h * h * series(h))
+
+
+@triton.jit
+def log_ratio(a, b, q):
+    """log q, q = a / b, also where q has too few digits left."""
+    tiny = q < 7.888609052210118e-31
+    far = tl.div_rn(a * 6.338253001141147e29, b * 4.440892098500626e-16)  # q * 2^150
+    return log(tl.where(tiny, far, q)) - tl.where(tiny, 103.972077, 0.0)
+
+
+LAST = tl.constexpr(87.336)  # where exp(-|x|) would stop to be a normal number, softplus and its slope stay
+
+
+@triton.jit
 def softplus(x):
     """log(1 + exp(x)), and its slope."""
-    t, _, _, _ = exp_half(-2.0 * tl.abs(x))
+    size = tl.abs(x)
+    t, _, _, _ = exp_half(-2.0 * tl.where(size > LAST, LAST, size))
     s = tl.div_rn(1.0, 1.0 + t)
     return tl.where(x < 0.0, 0.0, x) + log1p(t), tl.where(x < 0.0, t * s, s)
 
@@ -224,39 +243,70 @@ def from_log(scale: tl.constexpr, mu, lv, mu_p, lvp, PRIOR: tl.constexpr):
         em1 = tl.fma(d, ratio, d)
         k = expm1_minus(d, q2, n, gap)
         k = tl.where(k < float("inf"), tl.fma(em1, rest, k), k)
-        inverse, _, _, _ = exp_half(-lvp)
-        delta = (mu - mu_p) * inverse
-        dkl_mu = delta * inverse
+        quarter = -0.5 * lvp
+        quarter = tl.where(quarter < -170.0, -170.0, tl.where(quarter > 175.0, 175.0, quarter))
+        root, _, _, _ = exp_half(quarter)  # root^2 is 1 / sigma_p, which as a number may be 0 or infinite
+        delta = (mu - mu_p) * root * root
+        dkl_mu = delta * root * root
     else:
         em1 = tl.fma(d, sigma, d)
         k = expm1_minus(d, q2, n, lv)
         delta = mu
         dkl_mu = mu
     kl2 = tl.fma(delta, delta, k)
-    return sigma, kl2, scale * sigma, scale * em1, dkl_mu, -scale * tl.fma(delta, delta, em1)
+    return sigma, kl2, scale * sigma, scale * em1, dkl_mu, scale * tl.fma(-delta, delta, -em1)
 
 
 @triton.jit
-def from_std(mu, sigma, slope, mu_p, sigma_p, slope_p, numerator, PRIOR: tl.constexpr):
-    if PRIOR:
-        inverse = tl.div_rn(1.0, sigma_p)
-        f = tl.div_rn(numerator, sigma_p)
-        q = tl.div_rn(sigma, sigma_p)
-        delta = (mu - mu_p) * inverse
-    else:
-        inverse = 1.0
-        f = numerator
-        q = sigma
-        delta = mu
-    e, h, _ = split(1.0 + f, f)
-    g = tl.fma(-e, 0.693145752, f - h) + tl.fma(-e, 1.42860677e-6, h * h * series(h))
+def from_std(mu, sigma, slope, mu_p, sigma_p, slope_p, f, q, log_q, PRIOR: tl.constexpr):
+    """q = sigma / sigma_p, f = q - 1; a slope is divided by its sigma last, where both are tiny."""
+    g = minus_log1p(f)
     above = tl.fma(f, f, g + g)
-    below = tl.fma(log(q), -2.0, tl.fma(q, q, -1.0))
+    below = tl.fma(log_q, -2.0, tl.fma(q, q, -1.0))
     k = tl.where(f < -0.6, below, tl.where(f < 4.611686018427388e18, above, f * f))
-    em1 = tl.fma(f, f, f + f)
-    kl2 = tl.fma(delta, delta, k)
-    dkl_x = tl.div_rn(em1, sigma) * slope
-    return sigma, kl2, slope, dkl_x, delta * inverse, -tl.fma(delta, delta, em1) * inverse * slope_p
+    delta, dkl_mu, dkl_xp = mu, mu, mu
+    if PRIOR:
+        delta = tl.div_rn(mu - mu_p, sigma_p)
+        dkl_mu = tl.div_rn(delta, sigma_p)
+        dkl_xp = tl.fma(-delta, tl.div_rn(slope_p * delta, sigma_p), -(tl.div_rn(slope_p * f, sigma_p) * (f + 2.0)))
+    return sigma, tl.fma(delta, delta, k), slope, tl.div_rn(slope * f, sigma) * (f + 2.0), dkl_mu, dkl_xp
+
+
+@triton.jit
+def from_plain_std(mu, x, mu_p, x_p, PRIOR: tl.constexpr):
+    one = tl.zeros_like(x) + 1.0
+    if PRIOR:
+        q = tl.div_rn(x, x_p)
+        return from_std(mu, x, one, mu_p, x_p, one, tl.div_rn(x - x_p, x_p), q, log_ratio(x, x_p, q), True)
+    else:
+        return from_std(mu, x, one, mu, one, one, x - 1.0, x, log(x), False)
+
+
+@triton.jit
+def from_softplus(mu, x, mu_p, x_p, min_std: tl.constexpr, unit_hi, unit_lo, unit_slope, PRIOR: tl.constexpr):
+    s, slope = softplus(x)
+    sigma = s + min_std
+    if PRIOR:
+        p, slope_p = softplus(x_p)
+        sigma_p = p + min_std
+        f = tl.div_rn(softplus_difference(x, s, slope, x_p, 0.0, p, slope_p), sigma_p)
+        q = tl.div_rn(sigma, sigma_p)
+        log_q = log_ratio(sigma, sigma_p, q)
+    else:
+        slope_p, sigma_p = slope, sigma
+        f = softplus_difference(x, s, slope, unit_hi, unit_lo, 1.0 - min_std, unit_slope)
+        q = sigma
+        log_q = log(sigma)
+    if min_std == 0.0:
+        log_q += tl.where(x < -LAST, x + LAST, 0.0)  # log sigma goes on where sigma stays
+        if PRIOR:
+            v = x - x_p
+            exps = tl.maximum(x, x_p) < -17.0  # there softplus is exp
+            _, em1, _, _ = exp_half(2.0 * v)
+            f = tl.where(exps, em1, f)
+            q = tl.where(exps, f + 1.0, q)
+            log_q = tl.where(exps, v, log_q)
+    return from_std(mu, sigma, slope, mu_p, sigma_p, slope_p, f, q, log_q, PRIOR)
 
 
 @triton.jit
@@ -266,6 +316,12 @@ def expm1_minus_wide(d):
     for i in tl.static_range(13):
         s = s * d / (16 - i) + 1.0
     return tl.where(tl.abs(d) < 0.5, s * d * d * (1.0 / 6) * d + 0.5 * d * d, (tl.exp(d) - 1.0) - d)
+
+
+@triton.jit
+def expm1_wide(d, k):
+    """expm1(d), k being expm1(d) - d."""
+    return tl.where(tl.abs(d) < 0.5, k + d, tl.exp(d) - 1.0)
 
 
 @triton.jit
@@ -280,38 +336,62 @@ def minus_log1p_wide(f):
 
 
 @triton.jit
-def element_wide(mu, x, mu_p, x_p, min_std, PARAM: tl.constexpr, PRIOR: tl.constexpr):
-    """float64: the formulas of the contract as they stand."""
-    if PARAM == LOGVAR or PARAM == LOGSTD:
-        scale: tl.constexpr = 0.5 if PARAM == LOGVAR else 1.0
-        sigma = tl.exp(scale * x)
-        slope = scale * sigma
-        d = 2.0 * scale * (x - x_p if PRIOR else x)
-        sigma_p = tl.exp(scale * x_p) if PRIOR else 1.0
-        k = expm1_minus_wide(d)
-        em1 = k + d
-        dkl_x = scale * em1
-        dl_p = scale
-    else:
-        sigma = x
-        slope = tl.zeros_like(x) + 1.0
-        sigma_p = x_p if PRIOR else 1.0
-        dl_p = 1.0
-        if PARAM == SOFTPLUS:
-            t = tl.exp(-tl.abs(x))
-            sigma = tl.where(x < 0.0, 0.0, x) + (t - minus_log1p_wide(t)) + min_std
-            slope = tl.where(x < 0.0, t, 1.0) / (1.0 + t)
-            if PRIOR:
-                t_p = tl.exp(-tl.abs(x_p))
-                sigma_p = tl.where(x_p < 0.0, 0.0, x_p) + (t_p - minus_log1p_wide(t_p)) + min_std
-                dl_p = tl.where(x_p < 0.0, t_p, 1.0) / (1.0 + t_p)
-        dl_p = dl_p / sigma_p
-        f = (sigma - sigma_p) / sigma_p
-        em1 = f * (f + 2.0)
-        k = f * f + 2.0 * minus_log1p_wide(f)
-        dkl_x = em1 / sigma * slope
+def from_log_wide(dl: tl.constexpr, mu, x, mu_p, x_p, PRIOR: tl.constexpr):
+    d = 2.0 * dl * (x - x_p if PRIOR else x)
+    k = expm1_minus_wide(d)
+    em1 = expm1_wide(d, k)
+    delta, dkl_mu = mu, mu
+    if PRIOR:
+        half = -0.5 * dl * x_p
+        root = tl.exp(tl.where(half < -700.0, -700.0, tl.where(half > 700.0, 700.0, half)))
+        delta = (mu - mu_p) * root * root
+        dkl_mu = delta * root * root
+    sigma = tl.exp(dl * x)
+    return sigma, delta * delta + k, dl * sigma, dl * em1, dkl_mu, -dl * (em1 + delta * delta)
+
+
+@triton.jit
+def log_ratio_wide(a, b, q):
+    tiny = q < 1.1830521861667747e-271
+    return tl.log(tl.where(tiny, a, q)) - tl.log(tl.where(tiny, b, 1.0))
+
+
+LAST_WIDE = tl.constexpr(708.0)
+
+
+@triton.jit
+def softplus_wide(x):
+    size = tl.abs(x)
+    t = tl.exp(-tl.where(size > LAST_WIDE, LAST_WIDE, size))
+    return tl.where(x < 0.0, 0.0, x) + (t - minus_log1p_wide(t)), tl.where(x < 0.0, t, 1.0) / (1.0 + t)
+
+
+@triton.jit
+def from_std_wide(mu, x, mu_p, x_p, min_std: tl.constexpr, SOFT: tl.constexpr, PRIOR: tl.constexpr):
+    one = tl.zeros_like(x) + 1.0
+    sigma, slope, sigma_p, slope_p = x, one, x_p if PRIOR else one, one
+    if SOFT:
+        s, slope = softplus_wide(x)
+        sigma = s + min_std
+        if PRIOR:
+            p, slope_p = softplus_wide(x_p)
+            sigma_p = p + min_std
+    f = (sigma - sigma_p) / sigma_p
+    q = sigma / sigma_p
+    log_q = log_ratio_wide(sigma, sigma_p, q)
+    if SOFT and min_std == 0.0:
+        log_q += tl.where(x < -LAST_WIDE, x + LAST_WIDE, 0.0)
+        if PRIOR:
+            v = x - x_p
+            exps = tl.maximum(x, x_p) < -37.0
+            f = tl.where(exps, expm1_wide(v, expm1_minus_wide(v)), f)
+            q = tl.where(exps, f + 1.0, q)
+            log_q = tl.where(exps, v, log_q)
+    above = f * f + 2.0 * minus_log1p_wide(f)
+    k = tl.where(f < -0.6, q * q - 1.0 - 2.0 * log_q, tl.where(f < 3.273390607896142e150, above, f * f))
     delta = (mu - mu_p) / sigma_p if PRIOR else mu
-    return sigma, delta * delta + k, slope, dkl_x, delta / sigma_p, -(em1 + delta * delta) * dl_p
+    dkl_xp = -(delta * (slope_p * delta / sigma_p) + slope_p * f / sigma_p * (f + 2.0))
+    return sigma, delta * delta + k, slope, slope * f / sigma * (f + 2.0), delta / sigma_p, dkl_xp
 
 
 @triton.jit
@@ -320,7 +400,7 @@ def element(
     x,
     mu_p,
     x_p,
-    min_std,
+    min_std: tl.constexpr,
     unit_hi,
     unit_lo,
     unit_slope,
@@ -328,23 +408,19 @@ def element(
     PRIOR: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    if WIDE:
-        return element_wide(mu, x, mu_p, x_p, min_std, PARAM, PRIOR)
+    if PARAM == STD or PARAM == SOFTPLUS:
+        if WIDE:
+            return from_std_wide(mu, x, mu_p, x_p, min_std, PARAM == SOFTPLUS, PRIOR)
+        elif PARAM == STD:
+            return from_plain_std(mu, x, mu_p, x_p, PRIOR)
+        else:
+            return from_softplus(mu, x, mu_p, x_p, min_std, unit_hi, unit_lo, unit_slope, PRIOR)
+    elif WIDE:
+        return from_log_wide(0.5 if PARAM == LOGVAR else 1.0, mu, x, mu_p, x_p, PRIOR)
     elif PARAM == LOGVAR:
         return from_log(0.5, mu, x, mu_p, x_p, PRIOR)
-    elif PARAM == LOGSTD:
-        return from_log(1.0, mu, x + x, mu_p, x_p + x_p, PRIOR)
-    elif PARAM == STD:
-        return from_std(mu, x, 1.0, mu_p, x_p, 1.0, x - x_p if PRIOR else x - 1.0, PRIOR)
     else:
-        s, slope = softplus(x)
-        if PRIOR:
-            s_p, slope_p = softplus(x_p)
-            numerator = softplus_difference(x, s, slope, x_p, 0.0, s_p, slope_p)
-            return from_std(mu, s + min_std, slope, mu_p, s_p + min_std, slope_p, numerator, True)
-        else:
-            numerator = softplus_difference(x, s, slope, unit_hi, unit_lo, 1.0 - min_std, unit_slope)
-            return from_std(mu, s + min_std, slope, 0.0, 1.0, 0.0, numerator, False)
+        return from_log(1.0, mu, x + x, mu_p, x_p + x_p, PRIOR)
 
 
 # ---- tiles
