@@ -61,7 +61,8 @@ determinism: $(VENV)/.ready
 
 # A quarter of an hour.
 faults: $(VENV)/.ready
-	$(RUN) -m pytest -m 'not arm' tests/test_faults.py --report=tests/reports/faults.md --report-title='Faults'
+	$(RUN) -m pytest -m 'not arm' tests/test_faults.py tests/test_forks.py tests/test_installs.py tests/test_endurance.py \
+		--report=tests/reports/faults.md --report-title='Faults'
 
 # Up to 18 GB of memory; a test that finds less free is skipped.
 scale: $(VENV)/.ready

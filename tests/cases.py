@@ -1,7 +1,9 @@
 """What the op tests share: inputs for any option, and the truth in float64."""
 
+import sys
 from typing import NamedTuple
 
+import pytest
 import torch
 
 import reparam_kernels as rk
@@ -12,6 +14,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = [(), (1,), (7,), (4, 5), (128, 20), (3, 1), (2, 3, 5), (2, 4, 3, 3), (2, 2, 2, 3, 5), (2, 1029), (1, 5000)]
 EMPTY = [(0,), (0, 5), (4, 0), (2, 0, 3)]
 UNIT = {torch.float32: 2**-24, torch.float64: 2**-53, torch.bfloat16: 2**-9, torch.float16: 2**-12}
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, forks or preloads")
 
 
 class Inputs(NamedTuple):

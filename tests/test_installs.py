@@ -1,0 +1,199 @@
+"""Installations with something missing, old or broken: one warning or a clear error, and what can run runs."""
+
+import ctypes
+import importlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import reparam_kernels as rk
+from reparam_kernels import backends
+from tests.cases import linux
+from tests.conftest import forget
+from tests.test_backends import SAMPLE, python
+from tests.test_faults import whole
+
+ROOT = Path(__file__).parent.parent
+
+
+def other_version():
+    """A capsule as torch's own, of a DLPack version that nobody knows."""
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    other_version.memory = (ctypes.c_uint32 * 64)(99)
+    return new(ctypes.addressof(other_version.memory), b"dlpack_exchange_api", None)
+
+
+@pytest.mark.parametrize(
+    ("lent", "why"),
+    [(None, "no attribute '__dlpack_c_exchange_api__'"), (object(), "PyCapsule"), (other_version, "unknown DLPack")],
+    ids=["absent", "foreign", "version"],
+)
+def test_a_torch_that_does_not_lend_its_tensors(monkeypatch, lent, why):
+    """As torch 2.9 does not: one warning that names the torch, and the reference."""
+    if lent is None:
+        monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    else:
+        monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", lent() if callable(lent) else lent)
+    monkeypatch.delitem(sys.modules, "reparam_kernels.backends.cpu", raising=False)
+    monkeypatch.delattr(backends, "cpu", raising=False)
+    forget()
+    try:
+        with pytest.raises(ImportError, match=f"torch {torch.__version__.replace('+', '.')} does not lend its tensors"):
+            importlib.import_module("reparam_kernels.backends.cpu")
+        with pytest.warns(UserWarning, match=f"runs in plain torch on cpu, slower: .*{why}") as seen:
+            whole()
+        assert len(seen) == 1
+        assert rk.backend_for(torch.zeros(1)) == "reference"
+    finally:
+        monkeypatch.undo()
+        forget()
+    whole()
+    assert rk.backend_for(torch.zeros(1)) == "cpu"
+
+
+def another_module(folder, source):
+    """A shared library of a few lines of C."""
+    cc = shutil.which("cc")
+    if cc is None:
+        pytest.skip("no C compiler")
+    (folder / "other.c").write_text(source)
+    subprocess.run([cc, "-shared", "-fPIC", folder / "other.c", "-o", folder / "other.so"], check=True)
+    return (folder / "other.so").read_bytes()
+
+
+@linux
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        (lambda tmp, whole: None, "cannot import name '_C'"),
+        (lambda tmp, whole: b"", "file too short"),
+        (lambda tmp, whole: whole[:100], "cannot read file data"),
+        (lambda tmp, whole: b"garbage" * 1000, "invalid ELF header"),
+        (lambda tmp, whole: whole[:18] + b"\xf3\0" + whole[20:], "cannot open shared object file"),
+        (lambda tmp, whole: another_module(tmp, "int other;"), "does not define module export function"),
+        (
+            lambda tmp, whole: another_module(tmp, "int gone(void); int PyInit__C(void) { return gone(); }"),
+            "undefined symbol: gone",
+        ),
+    ],
+    ids=["absent", "empty", "half a header", "garbage", "of another machine", "another library", "of another Python"],
+)
+def test_a_broken_extension(tmp_path, made, why):
+    """One warning that says what is wrong, and the reference; an error where the CPU kernels are forced."""
+    from reparam_kernels import _C
+
+    extension = Path(_C.__file__)
+    shutil.copytree(ROOT / "reparam_kernels", tmp_path / "reparam_kernels", ignore=shutil.ignore_patterns("_C*.so"))
+    found = made(tmp_path, extension.read_bytes())
+    if found is not None:
+        (tmp_path / "reparam_kernels" / extension.name).write_bytes(found)
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
+{SAMPLE}; rk.randn(3); print(rk.__file__)
+"""
+    out = python(code, LD_BIND_NOW="1")
+    assert out.startswith("reference 1.78875")
+    assert str(tmp_path / "reparam_kernels/__init__.py") in out
+    assert out.count("Warning") == out.count("runs in plain torch on cpu, slower: ") == 1
+    assert why in out.split("slower: ")[1].split("\n")[0]
+    forced = python(code, 1, REPARAM_BACKEND="cpu")
+    assert "RuntimeError: REPARAM_BACKEND=cpu: every tensor must be one that this backend takes; got" in forced
+    assert why in forced.split("takes; got")[1]
+
+
+NO_TRITON = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name="triton")
+
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] == "triton" else find(name, *rest)
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def test_without_triton_the_cpu_runs_and_the_report_says_so():
+    code = """
+z, kl = rk.GaussianHead(3, 2)(torch.zeros(5, 3)); (z.sum() + kl.sum()).backward()
+sys.argv = ["reparam_kernels"]
+from reparam_kernels.__main__ import report; report()
+"""
+    out = python(NO_TRITON + SAMPLE + code)
+    assert out.startswith("cpu 1.788757")
+    assert "triton backend   missing: No module named 'triton'" in out
+    forced = python(NO_TRITON + SAMPLE, 1, REPARAM_BACKEND="triton", TRITON_INTERPRET="1")
+    assert "must be one that this backend takes; got No module named 'triton'" in forced
+
+
+@pytest.mark.parametrize("asked", ["sse9", ""])
+def test_an_unknown_instruction_set_is_an_error(asked):
+    from reparam_kernels import _C
+
+    has = ", ".join(_C.available())
+    assert (
+        f"ValueError: instruction set: must be one that this CPU and build have ({has}); got '{asked}'. "
+        "Correct or unset REPARAM_CPU_ISA."
+    ) in python(SAMPLE, 1, REPARAM_CPU_ISA=asked)
+
+
+@pytest.mark.arm
+@pytest.mark.parametrize(("cpu", "isa"), [("Nehalem", "baseline"), ("SandyBridge", "baseline"), ("Haswell", "avx2")])
+def test_the_extension_on_an_older_cpu(cpu, isa):
+    """The module that users import, by itself, under an emulator: what it chooses, refuses and computes."""
+    from reparam_kernels import _C
+
+    assert shutil.which("qemu-x86_64"), "qemu-x86_64 must be installed (Debian: qemu-user)"
+    code = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location("reparam_kernels._C", {_C.__file__!r})
+_C = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_C)
+try:
+    _C.use("avx512")
+except ValueError as error:
+    print(_C.isa(), "got 'avx512'" in str(error), _C.noise(7, 5, 1000).hex())
+"""
+    command = ["qemu-x86_64", "-cpu", cpu, sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == [isa, "True", _C.noise(7, 5, 1000).hex()], done.stderr
+
+
+@pytest.mark.slow
+@linux
+def test_triton_without_a_cache_folder_to_write_in(tmp_path):
+    """Compiled for a GPU that need not be there; a file stands where the folder would be, which stops root as well."""
+    (tmp_path / "file").touch()
+    code = f"""
+import os, torch, reparam_kernels as rk
+from bench.compiled import compiling
+
+def launch():
+    with compiling("sm_90") as launches:
+        rk.randn(4096, seed=1)
+    return len(launches)
+
+try:
+    launch()
+except OSError as error:
+    print("file/cache" in str(error))
+print(rk.backend_for(torch.zeros(1)))
+os.environ["TRITON_CACHE_DIR"] = {str(tmp_path / "whole")!r}
+print(launch())
+"""
+    out = python(code, TRITON_CACHE_DIR=str(tmp_path / "file/cache"))
+    assert out.split() == ["True", "cpu", "1"]
+    interpreted = python(
+        SAMPLE, REPARAM_BACKEND="triton", TRITON_INTERPRET="1", TRITON_CACHE_DIR=str(tmp_path / "file/cache")
+    )
+    assert interpreted.startswith("triton 1.788757")
