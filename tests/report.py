@@ -4,6 +4,7 @@ A figure whose name is "table" is Markdown lines and stands below.
 """
 
 import platform
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -61,7 +62,7 @@ def pytest_terminal_summary(terminalreporter, config):
         if r.when == "call" or outcome in ("error", "skipped")
     ]
     counts = {o: sum(outcome == o for outcome, _ in ran) for o, _ in ran}
-    command = " ".join(a for a in sys.argv[1:] if not a.startswith("--report"))
+    command = shlex.join(a for a in sys.argv[1:] if not a.startswith("--report"))
     rows, tables = [], []
     for name in dict.fromkeys(r.nodeid.split("[")[0] for _, r in ran):
         cases = [(o, r) for o, r in ran if r.nodeid.split("[")[0] == name]
