@@ -216,8 +216,10 @@ REPARAM_INLINE Element<float> from_log(float scale, float mu, float lv, float mu
     const float root = exp_half(quarter < -170.f ? -170.f : quarter > 175.f ? 175.f : quarter).sigma;
     em1 = expm1_twice(r);
     k = expm1_minus(r, d);
-    k = k < kInf ? fma(em1, rest, k) : k;  // where k is infinite, the correction may be NaN
-    delta = (mu - mu_p) * root * root;     // root^2 is 1 / sigma_p, which as a number may be 0 or infinite
+    const bool finite = __builtin_fabsf(d) < 88.72f;  // beyond, em1 is infinite or -1, and rest may be NaN
+    k = finite ? fma(em1, rest, k) : k;
+    em1 = finite ? fma(em1, rest, em1 + rest) : em1;
+    delta = (mu - mu_p) * root * root;  // root^2 is 1 / sigma_p, which as a number may be 0 or infinite
     out.dkl_mu = delta * root * root;
   }
   out.kl = .5f * fma(delta, delta, k);

@@ -173,6 +173,27 @@ def test_kl_is_accurate_to_a_millionth(param, scale, against):
         assert (kl[true >= 3.5e38] == float("inf")).all()
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 10.0])
+@pytest.mark.parametrize("param", PARAMS)
+def test_gradients_of_the_kl_are_accurate_too(param, scale):
+    """Against a prior far away: of exp(d) the rounding of d alone would be 4e-6."""
+    leaves = [
+        *inputs((2000, 33), torch.float32, param, scale),
+        *inputs((2000, 33), torch.float32, param, scale, seed=1),
+    ]
+    leaves = [t.requires_grad_() for t in leaves]
+    kl = rk.kl_divergence(*leaves[:2], param=param, prior=tuple(leaves[2:]), event_ndim=0)
+    wide, prior, (_, true) = truth(
+        *leaves[:2], torch.zeros(2000, 33), param=param, prior=tuple(leaves[2:]), event_ndim=0
+    )
+    got = torch.autograd.grad(kl.sum(), leaves[:3])
+    want = torch.autograd.grad(true.sum(), (*wide, prior[0]))
+    for g, w in zip(got, want, strict=True):
+        sound = (w.abs() > 1e-9) & (w.abs() < 1e37) & (true < 1e37)  # below, float64's own exp(d) - 1 is at its end
+        assert sound.double().mean() > 0.5
+        assert ((g.double() - w).abs() / w.abs())[sound].max() <= 1.5e-6
+
+
 def test_the_usual_line_is_not():
     """What the rearrangement is for: torch's own line in float32 at a scale of 1e-3."""
     mu, x = inputs((2000, 33), torch.float32, scale=1e-3)

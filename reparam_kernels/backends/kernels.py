@@ -242,7 +242,9 @@ def from_log(scale: tl.constexpr, mu, lv, mu_p, lvp, PRIOR: tl.constexpr):
         ratio, d, q2, n = exp_half(gap)
         em1 = tl.fma(d, ratio, d)
         k = expm1_minus(d, q2, n, gap)
-        k = tl.where(k < float("inf"), tl.fma(em1, rest, k), k)
+        finite = tl.abs(gap) < 88.72  # beyond, em1 is infinite or -1, and rest may be NaN
+        k = tl.where(finite, tl.fma(em1, rest, k), k)
+        em1 = tl.where(finite, tl.fma(em1, rest, em1 + rest), em1)
         quarter = -0.5 * lvp
         quarter = tl.where(quarter < -170.0, -170.0, tl.where(quarter > 175.0, 175.0, quarter))
         root, _, _, _ = exp_half(quarter)  # root^2 is 1 / sigma_p, which as a number may be 0 or infinite
