@@ -221,13 +221,13 @@ def check(call):
     dtype = next(iter(tensors.values())).dtype
     arithmetic = accumulate_dtype(dtype)
 
-    def by(function, wide):
+    def by(function, to):
         """z, kl and the gradients of a formula, in another dtype."""
-        own = {name: t.detach().to(wide).requires_grad_() for name, t in tensors.items()}
+        own = {name: t.detach().to(to).requires_grad_() for name, t in tensors.items()}
         mu, x = own["moments"].chunk(2, leaves["dim"]) if op == "packed" else (own["mu"], own["x"])
         prior = (own["mu_p"], own["x_p"]) if "mu_p" in own else options.get("prior")
-        prior = prior and tuple(torch.as_tensor(p, dtype=wide) for p in prior)
-        e, gz, gk = (t if t is None else t.to(wide) for t in (eps, dz, dkl))
+        prior = prior and tuple(torch.as_tensor(p, dtype=to) for p in prior)
+        e, gz, gk = (t if t is None else t.to(to) for t in (eps, dz, dkl))
         ys = function(mu, x, prior, e, options)
         grads = gradients(ys, (gz, gk), own)
         detached = [p.detach() for p in prior] if prior else None
