@@ -49,7 +49,7 @@ FUZZ_SEED ?= 2026
 fuzz: $(VENV)/.ready
 	FUZZ_DEPTH=125 $(RUN) -m pytest tests/test_properties.py --hypothesis-seed=$(FUZZ_SEED)
 
-# A quarter of an hour.
+# Minutes.
 faults: $(VENV)/.ready
 	$(RUN) -m pytest -m 'not arm' tests/test_faults.py --report=tests/reports/faults.md --report-title='Faults'
 
