@@ -4,8 +4,11 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import struct
+import sys
 import warnings
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -13,6 +16,21 @@ from torch import Tensor
 
 from .. import modes
 
+
+def cut_off(library: Path) -> bool:
+    """An ELF file that ends before its table of sections, which comes last: to load it would kill the process."""
+    with library.open("rb") as file:
+        head = file.read(64)
+    if len(head) < 64 or head[:6] != b"\x7fELF\x02\x01":
+        return False  # for the loader to say
+    (table,), (size, count) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)
+    return bool(library.stat().st_size < table + size * count)
+
+
+_spec = importlib.util.find_spec("reparam_kernels._C")
+_CUT_OFF = _spec is not None and _spec.origin is not None and cut_off(Path(_spec.origin))
+if _CUT_OFF:
+    sys.modules["reparam_kernels._C"] = None  # type: ignore[assignment]  # importing it is an ImportError from here on
 with contextlib.suppress(ImportError):  # cpu_missing says why
     from .. import _C  # noqa: F401  # now, since it must see every fork: csrc/dispatch.cpp
 
@@ -24,6 +42,8 @@ if FORCED is not None and FORCED not in NAMES:
 
 def cpu_missing() -> str | None:
     """Why there is no CPU kernel, or None where there is one."""
+    if _CUT_OFF:
+        return "the extension's file is cut off: install the package again"
     try:
         from . import cpu  # noqa: F401
     except ImportError as error:
