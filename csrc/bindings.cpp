@@ -34,7 +34,7 @@ void bind_tensor_type(py::type tensor, py::type parameter) {
                               ". Call the functions of reparam_kernels, which prepare every tensor.");
 }
 
-constexpr int64_t kMostElements = (int64_t)1 << 62;  // beyond it, problem.h's arithmetic would overflow
+constexpr int64_t kMost = (int64_t)1 << 62;  // elements; beyond it, the arithmetic here and in problem.h would overflow
 
 struct View {
   dlpack::Tensor t{};
@@ -53,6 +53,21 @@ struct View {
   }
 };
 
+// A view without strides of its own may be of any size, and an empty one may have any strides. An empty dim counts as
+// one, so that the product of any of the dims stays in bounds.
+void check_extent(const View& v) {
+  int64_t n = 1, span = 0;
+  for (int i = 0; i < v.t.ndim; ++i) {
+    const int64_t size = v.t.shape[i], steps = size > 1 ? size - 1 : 0;
+    int64_t reach;
+    if (size < 0) refuse(v.name, "have no negative size", v.shape());
+    if (__builtin_mul_overflow(n, steps + 1, &n) || n > kMost) refuse(v.name, "have at most 2**62 elements", v.shape());
+    if (__builtin_mul_overflow(steps, v.t.strides[i], &reach) || reach <= -kMost || reach >= kMost ||
+        (span += reach < 0 ? -reach : reach) >= kMost)
+      refuse(v.name, "span less than 2**62 elements", "stride " + std::to_string(v.t.strides[i]));
+  }
+}
+
 View view(const char* name, py::handle object) {
   if (object.is_none()) return {};
   PyObject* type = (PyObject*)Py_TYPE(object.ptr());
@@ -67,13 +82,11 @@ View view(const char* name, py::handle object) {
   v.name = name;
   if (v.t.device_type != dlpack::kCpu)
     refuse(name, "be on the CPU", "DLPack device " + std::to_string(v.t.device_type));
-  if (v.t.ndim > kMaxDims) refuse(name, "have at most 64 dims", v.shape());
-  for (int64_t i = 0, n = 1; i < v.t.ndim; ++i) {  // a view without strides of its own may be of any size
-    if (__builtin_mul_overflow(n, v.t.shape[i], &n) || n > kMostElements)
-      refuse(name, "have at most 2**62 elements", v.shape());
-    if (n == 0) break;
-  }
-  if (!v.t.data && v.numel() != 0) refuse(name, "have memory", "a null pointer for shape " + v.shape());
+  if (v.t.ndim < 0 || v.t.ndim > kMaxDims) refuse(name, "have at most 64 dims", std::to_string(v.t.ndim));
+  if (v.t.ndim > 0 && !v.t.strides) refuse(name, "have strides", "a null pointer");
+  check_extent(v);
+  if (v.numel() == 0) return v;
+  if (!v.t.data) refuse(name, "have memory", "a null pointer for shape " + v.shape());
   v.t.data = (char*)v.t.data + v.t.byte_offset;
   return v;
 }

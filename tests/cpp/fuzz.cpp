@@ -4,58 +4,16 @@
 // on threads; memory between them and inputs must stay as they were.
 // With clang's -fsanitize=fuzzer, libFuzzer chooses the bytes. Else -DFUZZ_MAIN: `fuzz COUNT SEED`.
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <memory>
-#include <vector>
 
+#include "bytes.h"
 #include "dispatch.h"
 
 using namespace reparam;
 
 namespace {
 
-#define MUST(x) ((x) ? (void)0 : (std::fprintf(stderr, "fuzz.cpp:%d: %s\n", __LINE__, #x), std::abort()))
-
-uint64_t mix(uint64_t& state) {  // splitmix64
-  uint64_t x = state += 0x9E3779B97F4A7C15u;
-  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
-  x = (x ^ x >> 27) * 0x94D049BB133111EBu;
-  return x ^ x >> 31;
-}
-
-struct Bytes {
-  const uint8_t* data;
-  size_t size;
-
-  int byte() { return size ? (--size, *data++) : 0; }
-  int below(int n) { return byte() % n; }
-  bool flip() { return byte() & 1; }
-  uint64_t word() {
-    uint64_t x = 0;
-    for (int i = 0; i < 8; ++i) x = x << 8 | (uint64_t)byte();
-    return x;
-  }
-  double real() {
-    const double usual[] = {0, 1, -1, .5, 1e-4, 2, -30, 20, 1e300, -1e300, 1e-310};
-    if (flip()) return usual[below(11)];
-    const uint64_t x = word();
-    double y;
-    std::memcpy(&y, &x, 8);
-    return y;
-  }
-};
-
 int width(Dtype d) { return d == Dtype::f64 ? 8 : d == Dtype::f32 ? 4 : 2; }
-
-using Shape = std::vector<int64_t>;
-
-int64_t product(const Shape& shape) {
-  int64_t n = 1;
-  for (int64_t size : shape) n *= size;
-  return n;
-}
 
 // A tensor in a heap buffer that ends where its last element ends.
 struct Tensor {
@@ -125,12 +83,6 @@ struct Tensor {
     return (size_t)(at * width(dtype));
   }
 
-  bool is_zero(const uint8_t* at) const {
-    uint64_t x = 0;
-    std::memcpy(&x, at, (size_t)width(dtype));
-    return (x & (((uint64_t)1 << (8 * width(dtype) - 1)) - 1)) == 0;
-  }
-
   bool is_nan(const uint8_t* at) const {
     uint64_t x = 0;
     std::memcpy(&x, at, (size_t)width(dtype));
@@ -145,7 +97,7 @@ struct Tensor {
 
 using Results = std::vector<std::vector<uint8_t>>;
 
-// Runs the call with outputs that hold `filling` and gives back their elements, NaNs made alike, and zeros.
+// Runs the call with outputs that hold `filling` and gives back their elements, NaNs made alike.
 Results results(Op op, Problem p, int threads, std::vector<Tensor*>& outputs, uint8_t filling) {
   for (Tensor* t : outputs) std::memset(t->memory.get(), filling, t->bytes());
   run(op, p, threads);
@@ -158,7 +110,7 @@ Results results(Op op, Problem p, int threads, std::vector<Tensor*>& outputs, ui
       const uint8_t* at = t->memory.get() + t->offset(i);
       if (t->is_nan(at))
         std::memset(&elements[(size_t)i * size], 0xff, size);
-      else if (!t->is_zero(at))  // of either sign: the instruction sets do not agree on it
+      else
         std::memcpy(&elements[(size_t)i * size], at, size);
       std::memset(&gaps[t->offset(i)], filling, size);
     }
