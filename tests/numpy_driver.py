@@ -4,6 +4,7 @@ Loads where torch cannot be, under a sanitizer or valgrind; every result is held
 """
 
 import ctypes
+import importlib.machinery
 import importlib.util
 import math
 import sys
@@ -164,7 +165,8 @@ class Driver:
 
 
 def main(path, calls, seed):
-    spec = importlib.util.spec_from_file_location("_C", path)
+    loader = importlib.machinery.ExtensionFileLoader("_C", path)
+    spec = importlib.util.spec_from_loader("_C", loader)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.bind_tensor_type(Lent, Parameter)

@@ -35,18 +35,8 @@ def build(folder, compiler, levels, flags, sources=("tests/cpp/fuzz.cpp",), link
     objects = []
     for source, more in parts:
         objects.append(str(folder / f"{len(objects)}.o"))
-        command = [
-            compiler,
-            *FLAGS,
-            *flags,
-            *more,
-            f"-iquote{ROOT / 'csrc'}",
-            "-c",
-            str(ROOT / source),
-            "-o",
-            objects[-1],
-        ]
-        subprocess.run(command, check=True)
+        more = [*more, f"-iquote{ROOT / 'csrc'}", "-c", str(ROOT / source), "-o", objects[-1]]
+        subprocess.run([compiler, *FLAGS, *flags, *more], check=True)
     program = str(folder / "built")
     subprocess.run([compiler, *flags, *objects, "-o", program, *link], check=True)
     return program
@@ -97,7 +87,7 @@ def module(folder):
         for name in ("libasan.so", "libubsan.so")
     ]
     environment = {"LD_PRELOAD": ":".join(libraries), "PYTHONPATH": str(ROOT), "PYTHONMALLOC": "malloc", **KEEPS_LEAKS}
-    return "g++", [sys.executable, "-m", "tests.numpy_driver", path, "1000", str(SEED)], environment
+    return "g++", [sys.executable, "-m", "tests.numpy_driver", path, "600", str(SEED)], environment
 
 
 KEEPS_LEAKS = {"ASAN_OPTIONS": "detect_leaks=0"}  # what CPython leaves at its end is its own
