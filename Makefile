@@ -43,7 +43,8 @@ quality: $(VENV)/.ready
 # Debian: apt install valgrind clang; what is not installed is left out, and the report says so.
 sanitize: $(VENV)/.ready
 	$(RUN) -m tests.sanitize
-	$(RUN) -m pytest -m 'slow or not slow' tests/test_hostile.py
+	$(RUN) -m pytest -m 'slow or not slow' tests/test_hostile.py \
+		--report=tests/reports/hostile.md --report-title='Hostile calls'
 
 # 50,000 examples of the CPU kernels, 7,500 of Triton's in the interpreter, 12,500 of the noise: most of an hour.
 FUZZ_SEED ?= 2026

@@ -9,6 +9,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from reparam_kernels.backends import kernels
 from reparam_kernels.backends import triton as launcher
@@ -157,3 +159,99 @@ def test_one_launch_a_call_and_two_where_rows_are_huge(recorded):
         mu = meta(*shape)
         forward(recorded, mu, mu)
         assert len(recorded["row_sum_kernel"].launches) == sums
+
+
+SIZES = [1, 2, 3, 4, 5, 20, 127, 128, 1000, 1029, 4097, 2**16, 2**20, 2**31 - 1024, 2**31 - 1, 2**31, 2**33 + 4]
+
+
+@st.composite
+def plans(draw):
+    """Up to 2^48 elements, their operands packed, turned, repeated or far apart, cut as for a forward."""
+    shape = []
+    for _ in range(draw(st.integers(1, 4))):
+        size = draw(st.sampled_from(SIZES) | st.integers(1, 2**34))
+        shape.append(size if size * math.prod(shape) <= 2**48 else 1)
+
+    def laid():
+        strides, step = [0] * len(shape), 1
+        for i in draw(st.permutations(range(len(shape))) | st.just(range(len(shape))))[::-1]:
+            strides[i] = step * draw(st.sampled_from([1, 1, 1, 0]))
+            step = step * shape[i] + draw(st.sampled_from([0, 0, 0, 1, 4, 13, 2**20, 2**31]))
+        assume(step < 2**58)
+        return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+    mu, x = laid(), laid()
+    seeds = meta(shape[0], dtype=torch.int64) if draw(st.booleans()) else 3
+    event, samples = draw(st.integers(0, len(shape))), draw(st.sampled_from([(), (2,), (3,), (2**12, 5)]))
+    call = prepare("test", mu, x, z=True, kl=True, seed=seeds, sample_shape=samples, event_ndim=event)
+    kls = math.prod(shape[: len(shape) - event]) if event else None
+    return call, kls, launcher.cut(call, mu, [mu, x], kls, True, [])
+
+
+def offset(t, element):
+    at = 0
+    for size, stride in zip(reversed(t.shape), reversed(t.stride()), strict=True):
+        element, index = divmod(element, size)
+        at += index * stride
+    return at
+
+
+def check_lane(call, kls, found, block, chunk, r, p):
+    """One lane's arithmetic as `lanes` and `spot` of kernels.py do it, in whole numbers; within 32 bits where SHORT."""
+    layout, how = found.layout, found.constants
+    row, column = block * how["ROWS"] + r, chunk * how["BLOCK"] + p
+    n, element = layout.n, row * layout.cols + column
+    if row >= layout.rows or column >= layout.cols or element >= n:
+        assert not how["WHOLE"]
+        return
+    small = [row, r * layout.cols + p]
+    for o in layout.operands:
+        if layout.nest > 1:
+            a, b = divmod(row, layout.nest)
+            base, tile = a * o.outer + b * o.step + chunk * how["BLOCK"] * o.col, [p * o.col]
+        else:
+            base, tile = block * how["ROWS"] * o.step + chunk * how["BLOCK"] * o.col, [r * o.step, p * o.col]
+            tile += [p // layout.inner * (o.outer - layout.inner * o.col)] if layout.skip else []
+        assert base + sum(tile) == offset(o.tensor, element)
+        small += [*tile, sum(tile)]
+    assert not how["SHORT"] or all(abs(part) < 2**31 for part in small)
+    seeds, samples = call.seed.numel(), math.prod(call.spec.sample_shape)
+    group = n // seeds
+    if seeds > 1:
+        assert row // found.per_seed == element // group
+    start = (row % found.per_seed if seeds > 1 else row) * layout.cols
+    assert start == row * layout.cols - element // group * group
+    if how["NOISE"] == kernels.ALIGNED.value:
+        assert start % 4 == 0
+        assert samples == 1 or group % 4 == 0
+    assert not how["NEAR"] or (samples - 1) * group + start + layout.cols < 2**34
+    if kls is not None and not layout.inner:
+        assert row * layout.cols // (n // kls) == element // (n // kls)
+
+
+def test_the_arithmetic_of_any_launch(record_property):
+    """Programs cover all rows and columns; a lane's address, seed and KL are its element's; what is proved is so."""
+    tried = 0
+
+    @settings(max_examples=1000, derandomize=True, database=None, deadline=None, suppress_health_check=[*HealthCheck])
+    @given(plans(), st.floats(0, 1), st.floats(0, 1))
+    def explore(planned, high, low):
+        nonlocal tried
+        tried += 1
+        call, kls, found = planned
+        layout, how = found.layout, found.constants
+        blocks = -(-layout.rows // how["ROWS"])
+        assert layout.rows * layout.cols >= layout.n > (layout.rows - 1) * layout.cols
+        assert math.prod(found.grid) >= blocks * found.chunks
+        assert found.grid[0] < 2**31
+        assert all(size <= 65535 for size in found.grid[1:])
+        assert found.chunks * how["BLOCK"] >= layout.cols + 3 * (how["NOISE"] == kernels.LED.value)
+        for block in {0, int(high * (blocks - 1)), blocks - 1}:
+            for chunk in {0, int(low * (found.chunks - 1)), found.chunks - 1}:
+                for r in (0, how["ROWS"] // 2, how["ROWS"] - 1):
+                    for p in (0, 1, how["BLOCK"] // 2, how["BLOCK"] - 1, (layout.cols - 1) % how["BLOCK"]):
+                        check_lane(call, kls, found, block, chunk, r, p)
+
+    explore()
+    record_property("launches", tried)

@@ -238,7 +238,7 @@ struct Call {
         continue;
       }
       std::vector<uint8_t> now(a.lent->memory.get(), a.lent->memory.get() + a.lent->bytes()), gaps(now.size(), filling);
-      a.lent->take_elements(gaps);
+      for (uint8_t byte : a.lent->take_elements(gaps)) MUST(byte == filling);  // no two elements share memory
       const std::vector<uint8_t> written = a.lent->take_elements(now);
       MUST(now == gaps);
       elements.insert(elements.end(), written.begin(), written.end());
