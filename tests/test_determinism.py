@@ -171,7 +171,8 @@ no prior, one for each row, one that all rows share; rows of {", ".join(map(str,
 without sample_shape; one seed, or one for each item, as a batch that is cut needs. From "each instruction set" to \
 "formula": each of {", ".join(ISAS)} with 1, 2 and 3 threads. "Gradients": to mu, the second argument and a prior of \
 each row's own. "Equal bits": compared as integers. "Within": the bound, and in brackets the largest difference from \
-the reference in float64, relative to the element, or to the root mean square of its tensor where that is larger; a result that is the reference rounded counts as 0."""
+the reference in float64, relative to the element, or to the root mean square of its tensor where that is \
+larger; a result that is the reference rounded counts as 0."""
 LINES = (ORACLE, TRUTH, RUN, THREADS, ISA, CUT, *list(EXECUTORS)[1:], TRITON, TRITON_OP, TRITON_CUT)
 
 
