@@ -1,11 +1,12 @@
-"""The extension driven from numpy, without torch: `python -m tests.numpy_driver PATH_OF_THE_MODULE CALLS SEED`.
+"""The extension without torch: numpy arrays lent through DLPack, against the formulas in float64; then hostile calls.
 
-Loads where torch cannot be, under a sanitizer or valgrind; every result is held against the formula in float64.
+`python -m tests.numpy_driver EXTENSION CALLS SEED`, as tests/sanitize.py runs it under the sanitizers.
 """
 
 import ctypes
 import importlib.machinery
 import importlib.util
+import itertools
 import math
 import sys
 
@@ -13,169 +14,275 @@ import numpy as np
 
 from tests import oracle
 
-CODES = {"i": 0, "f": 2}
-SHAPES = [(), (1,), (7,), (3, 5), (64, 20), (2, 3, 5), (1, 4, 1, 6), (5, 1030), (2, 4097), (0,), (4, 0), (300, 129)]
+CODES = {"float16": 2, "bfloat16": 4, "float32": 2, "float64": 2, "int64": 0}
+ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+REFUSALS = (ValueError, TypeError, RuntimeError, MemoryError, OverflowError)
+PARAMS = ("logvar", "logstd", "std", "softplus")
+SHAPES = [(), (1,), (5,), (0, 3), (3, 7), (4, 0), (2, 3, 4), (130, 20), (3, 1029), (2, 1, 2065), (5, 1024), (40000,)]
 
 
-class Tensor(ctypes.Structure):
-    """DLTensor, as csrc/dlpack.h has it."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device", ctypes.c_int32 * 2),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(Tensor))
-def borrow(lent, out):
-    a = lent.array
-    numbers = ctypes.c_int64 * a.ndim
-    lent.kept = numbers(*a.shape), numbers(*(stride // a.itemsize for stride in a.strides))
-    shape, strides = (ctypes.cast(part, ctypes.POINTER(ctypes.c_int64)) for part in lent.kept)
-    device = (ctypes.c_int32 * 2)(1, 0)
-    out[0] = Tensor(a.ctypes.data, device, a.ndim, CODES[a.dtype.kind], 8 * a.itemsize, 1, shape, strides, 0)
-    return 0
-
-
-TABLE = (ctypes.c_void_p * 7)(1 | 3 << 32, None, None, None, None, ctypes.cast(borrow, ctypes.c_void_p), None)
-NAME = b"dlpack_exchange_api"
-new_capsule = ctypes.pythonapi.PyCapsule_New
-new_capsule.restype, new_capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+class Description(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p), ("device", ctypes.c_int32), ("device_id", ctypes.c_int32), ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16), ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p), ("byte_offset", ctypes.c_uint64),
+    ]  # fmt: skip
 
 
 class Lent:
-    __dlpack_c_exchange_api__ = new_capsule(ctypes.addressof(TABLE), NAME, None)
+    """An array and its description, which hostile calls alter."""
 
-    def __init__(self, array):
-        self.array = array
+    def __init__(self, array, dtype):
+        self.array, self.dtype = array, dtype
+        size = array.itemsize
+        self.shape = np.array(array.shape, dtype=np.int64)
+        self.strides = np.array(array.strides, dtype=np.int64) // size
+        self.description = Description(
+            array.ctypes.data, 1, 0, array.ndim, CODES[dtype], 8 * size, 1, self.shape.ctypes.data,
+            self.strides.ctypes.data, 0,
+        )  # fmt: skip
 
-
-class Parameter(Lent):
-    pass
-
-
-def lend(array):
-    return None if array is None else Lent(array)
-
-
-def spread(param, min_std, x):
-    """sigma and its slope."""
-    if param == "softplus":
-        return np.logaddexp(0, x) + min_std, 1 / (1 + np.exp(-x))
-    if param == "std":
-        return x, np.ones_like(x)
-    scale = 0.5 if param == "logvar" else 1.0
-    return np.exp(scale * x), scale * np.exp(scale * x)
+    def values(self):
+        if self.dtype == "bfloat16":
+            return (self.array.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        return self.array.astype(np.float64)
 
 
-class Driver:
-    def __init__(self, module, seed):
-        self.module, self.random = module, np.random.default_rng(seed)
-
-    def pick(self, *values):
-        return values[self.random.integers(len(values))]
-
-    def values(self, shape, dtype, low=-2.0, high=2.0):
-        """Numbers in an array that lies anyhow: with gaps, transposed, backwards, in one place."""
-        kind = self.pick("plain", "gaps", "turned", "back", "one place")
-        made = self.random.uniform(low, high, shape).astype(dtype)
-        if kind == "one place":
-            return np.broadcast_to(made.reshape(-1)[:1].reshape(()), shape) if made.size else made
-        if kind == "gaps" and shape:
-            held = np.full((*shape[:-1], 3 * shape[-1] + 1), np.nan, dtype)
-            held[..., 1::3] = made
-            return held[..., 1::3]
-        if kind == "back" and shape:
-            return made[::-1]
-        return made.copy("F") if kind == "turned" else made
-
-    def call(self):
-        shape, dtype = SHAPES[self.random.integers(len(SHAPES))], self.pick("float16", "float32", "float64")
-        wide = "float64" if dtype == "float64" else "float32"
-        param, threads = self.pick("logvar", "logstd", "std", "softplus"), int(self.pick(1, 2, 3))
-        min_std = self.pick(0.0, 1e-3) if param == "softplus" else 0.0
-        clamp = self.pick(None, (0.6, 1.1))
-        options = self.module.Options(getattr(self.module.Param, param), min_std, clamp is not None, *(clamp or (0, 0)))
-        low = 0.5 if param == "std" else -2.0
-        mu, x = self.values(shape, dtype), self.values(shape, dtype, low)
-        prior_dtype = self.pick(dtype, wide)
-        prior = (
-            [self.values(shape, prior_dtype), self.values(shape, prior_dtype, low)] if self.pick(0, 1) else [None] * 2
-        )
-        samples = self.pick((), (2,), (2, 0), (3, 1))
-        keep = int(self.random.integers(len(shape) + 1))
-        events, size = tuple(range(keep, len(shape))), math.prod(shape)
-        per_item = bool(shape and shape[0] and self.pick(0, 1))
-        seed = self.random.integers(-(2**63), 2**63, shape[0] if per_item else 1)
-
-        each = size // seed.size if size else 0
-        streams = [[oracle.randn(int(one) % 2**64, each, i * each) for one in seed] for i in range(math.prod(samples))]
-        noise = np.array(streams, "float32").reshape(samples + shape)
-        given = self.values(samples + shape, dtype) if self.pick(0, 1) else None
-        eps = (noise if given is None else given).astype("float64")
-        source = (Lent(seed), None) if given is None else (None, Lent(given))
-
-        m, raw = mu.astype("float64"), x.astype("float64")
-        at = raw if clamp is None else np.clip(raw, *clamp)
-        inside = 1.0 if clamp is None else (raw >= clamp[0]) & (raw <= clamp[1])
-        s, ds = spread(param, min_std, at)
-        ds = ds * inside
-        mp, sp, dsp = 0.0, 1.0, 0.0
-        if prior[0] is not None:
-            mp = prior[0].astype("float64")
-            sp, dsp = spread(param, min_std, prior[1].astype("float64"))
-        gap = m - mp
-        kl = (np.log(sp / s) + (s**2 + gap**2) / (2 * sp**2) - 0.5).sum(axis=events)
-
-        z_out, kl_out = np.full(samples + shape, np.nan, dtype), np.full(shape[:keep], np.nan, wide)
-        inputs = (Lent(mu), Lent(x), *map(lend, prior), *source)
-        self.module.forward(options, *inputs, Lent(z_out), Lent(kl_out), threads)
-        rough = {"float16": 2e-3, "float32": 2e-6, "float64": 1e-12}
-        self.close(z_out, m + s * eps, rough[dtype])
-        self.close(kl_out, kl, 20 * rough[wide] * math.prod(shape[keep:]))
-
-        dz, dkl = self.values(samples + shape, dtype), self.values(shape[:keep], wide)
-        outs = [np.full(shape, np.nan, dtype) for _ in range(2)] + [
-            np.full(shape, np.nan, prior_dtype) if p is not None else None for p in prior
-        ]
-        self.module.backward(options, *inputs, Parameter(dz), Lent(dkl), *map(lend, outs), threads)
-        over = tuple(range(len(samples)))
-        g = dz.astype("float64")
-        up = dkl.astype("float64").reshape(shape[:keep] + (1,) * len(events))
-        want = [g.sum(axis=over) + up * gap / sp**2, ((g * eps).sum(axis=over) + up * (s / sp**2 - 1 / s)) * ds]
-        want += [-up * gap / sp**2, up * (1 / sp - (s**2 + gap**2) / sp**3) * dsp]
-        for out, expected in zip(outs, want, strict=True):
-            if out is not None:
-                self.close(out, np.broadcast_to(expected, shape), 100 * rough[out.dtype.name])
-
-        out = np.full(shape, np.nan, dtype)
-        self.module.randn(Lent(seed), Parameter(out), threads)
-        if noise.size:
-            self.close(out, noise.reshape(-1, *shape)[0], rough[dtype])
-
-    def close(self, got, want, tolerance):
-        np.testing.assert_allclose(got.astype("float64"), want, tolerance, tolerance * 10)
+@ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(Description))
+def borrow(lent, out):
+    out[0] = lent.description
+    return 0
 
 
-def main(path, calls, seed):
+class Exchange(ctypes.Structure):
+    _fields_ = [("version", ctypes.c_uint32 * 2), ("unused", ctypes.c_void_p * 4), ("borrow", ctypes.c_void_p)]
+    _fields_ += [("stream", ctypes.c_void_p)]
+
+
+def load(path):
     loader = importlib.machinery.ExtensionFileLoader("_C", path)
     spec = importlib.util.spec_from_loader("_C", loader)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.bind_tensor_type(Lent, Parameter)
-    for isa in module.available():
-        module.use(isa)
-        driver = Driver(module, seed)
-        for _ in range(calls):
-            driver.call()
-        print(f"{isa}: {3 * calls} calls")
+    table = Exchange((1, 3), (None,) * 4, ctypes.cast(borrow, ctypes.c_void_p), None)
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    Lent.__dlpack_c_exchange_api__ = new(ctypes.addressof(table), b"dlpack_exchange_api", None)
+    Lent.table = table
+    module.bind_tensor_type(Lent, type("Parameter", (Lent,), {}))
+    return module
+
+
+def stored(values, dtype):
+    if dtype == "bfloat16":
+        return (np.asarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return np.asarray(values, dtype)
+
+
+def laid(rng, values, dtype):
+    """An input in one of several layouts."""
+    array = np.array(stored(values, dtype))
+    kind = rng.integers(5)
+    if kind == 1:
+        array = np.array(array, order="F")
+    elif kind == 2 and array.ndim > 0:
+        array = array.repeat(2, -1)[..., ::2]
+    elif kind == 3:
+        array = array.copy()[..., ::-1] if array.ndim > 0 else array
+    elif kind == 4 and array.ndim > 0 and array.shape[0] > 0:
+        array = np.broadcast_to(array[:1], array.shape)
+    return Lent(array, dtype)
+
+
+def unwritten(shape, dtype, part=slice(None)):
+    """An output full of NaN; part: what it takes of each row of an array twice as wide."""
+    width = (*shape[:-1], 2 * shape[-1]) if shape and part != slice(None) else shape
+    whole = np.array(stored(np.full(width, np.nan), dtype))
+    return Lent(whole[..., part] if shape else whole, dtype)
+
+
+def sigma_of(param, x, min_std):
+    """sigma, and its slope."""
+    if param == "softplus":
+        return np.logaddexp(0, x) + min_std, 1 / (1 + np.exp(-x))
+    rate = {"logvar": 0.5, "logstd": 1.0}.get(param)
+    return (x, np.ones_like(x)) if rate is None else (np.exp(rate * x), rate * np.exp(rate * x))
+
+
+class Call:
+    """A call that the binding must take, drawn at random, with what it must give."""
+
+    def __init__(self, rng, module):
+        self.op = rng.choice(["randn", "forward", "backward"])
+        flip = lambda: bool(rng.integers(2))  # noqa: E731
+        dtype = str(rng.choice([*ROUNDING]))
+        sums = "float64" if dtype == "float64" else "float32"
+        shape = SHAPES[rng.integers(len(SHAPES))]
+        samples = [(), (1,), (3,), (2, 2), (0,)][rng.integers(5)]
+        seeds = rng.integers(-(2**63), 2**63 - 1, shape[0] if shape and shape[0] < 999 and flip() else 1)
+        self.seed = Lent(seeds, "int64")
+        self.threads = int(rng.integers(-1, 4))
+        if self.op == "randn":
+            self.before, self.tensors = [], [self.seed, unwritten(shape, dtype)]
+            self.wanted = [(self.tensors[1], self.noise(seeds, (), shape), 0)]
+            return
+        param = str(rng.choice(PARAMS))
+        self.min_std, clamp = 0.01 * (param == "softplus" and flip()), (0.75, 1.25) if flip() else None
+        low, high = clamp or (0.0, 0.0)
+        self.before = [module.Options(getattr(module.Param, param), self.min_std, clamp is not None, low, high)]
+        draw = lambda of, low=-2: rng.uniform(low, 2, of)  # noqa: E731
+        given, z, prior = flip(), flip(), flip()
+        kl = not z or flip()
+        event = int(rng.integers(len(shape) + 1))
+        rows = shape[: len(shape) - event]
+        mu, x = laid(rng, draw(shape), dtype), laid(rng, draw(shape, 0.5), dtype)
+        prior_dtype = sums if flip() else dtype
+        mu_p = laid(rng, draw(shape), prior_dtype) if prior else None
+        x_p = laid(rng, draw(shape, 0.5), prior_dtype) if prior else None
+        eps = laid(rng, draw(samples + shape), dtype) if z and given else None
+        seed = self.seed if z and not given else None
+        dz, dkl = laid(rng, draw(samples + shape), dtype) if z else None, laid(rng, draw(rows), sums) if kl else None
+
+        m, raw = mu.values(), x.values()
+        at = raw if clamp is None else raw.clip(*clamp)
+        s, slope = sigma_of(param, at, self.min_std)
+        m_p = mu_p.values() if prior else 0.0
+        s_p, slope_p = sigma_of(param, x_p.values(), self.min_std) if prior else (1.0, 0.0)
+        e = eps.values() if eps else self.noise(seeds, samples, shape)
+        delta = (m - m_p) / s_p
+        if self.op == "forward":
+            out_z, out_kl = unwritten(samples + shape, dtype) if z else None, unwritten(rows, sums) if kl else None
+            each = 0.5 * (s / s_p) ** 2 + 0.5 * delta**2 - 0.5 - np.log(s / s_p)
+            total = each.reshape(*rows, -1).sum(-1) if each.size else np.zeros(rows)
+            self.tensors = [mu, x, mu_p, x_p, seed, eps, out_z, out_kl]
+            self.wanted = [(out_z, m + s * e, 1), (out_kl, total, math.prod(shape[len(rows) :]))]
+        else:
+            lead = tuple(range(len(samples)))
+            g = dz.values() if z else np.zeros(shape)
+            k = (dkl.values() if kl else np.zeros(rows)).reshape(rows + (1,) * event)
+            d_s = (g * e).sum(lead) if z else np.zeros(shape)
+            g = g.sum(lead) if z else g
+            width = shape[-1] if shape else 1
+            part = [slice(None), slice(width), slice(width, None), slice(None, None, 2)][rng.integers(4)]
+            outs = [unwritten(shape, t, part) if flip() else None for t in (dtype, dtype)]
+            outs += [unwritten(shape, t, part) if prior and kl and flip() else None for t in (prior_dtype, prior_dtype)]
+            inside = 1.0 if clamp is None else (raw >= clamp[0]) & (raw <= clamp[1])
+            full = np.zeros(shape)
+            d_x = (d_s + k * (s / s_p**2 - 1 / s)) * slope * inside
+            d_p = k * (1 - (s / s_p) ** 2 - delta**2) / s_p * slope_p
+            values = [g + k * delta / s_p, d_x, -k * delta / s_p, d_p]
+            self.tensors = [mu, x, mu_p, x_p, seed, eps, dz, dkl, *outs]
+            scale = 8 * max(1, math.prod(samples))
+            self.wanted = [(out, full + value, scale) for out, value in zip(outs, values, strict=True)]
+        self.wanted = [w for w in self.wanted if w[0] is not None]
+
+    @staticmethod
+    def noise(seeds, samples, shape):
+        """eps, [*samples, *shape]: with a seed for each item, that of an item is its own stream, sample by sample."""
+        eps = np.zeros((math.prod(samples), len(seeds), math.prod(shape) // max(len(seeds), 1)))
+        for i, seed in enumerate(seeds if eps.size else ()):
+            eps[:, i] = oracle.randn(int(seed) % 2**64, eps[:, i].size).reshape(eps[:, i].shape)
+        return eps.reshape(samples + shape)
+
+    def run(self, module, tensors=None):
+        outputs = [id(out) for out, *_ in self.wanted]
+        inputs = [t for t in self.tensors if t is not None and id(t) not in outputs]
+        before = [t.array.tobytes() for t in inputs]
+        try:
+            getattr(module, self.op)(*self.before, *(self.tensors if tensors is None else tensors), self.threads)
+        finally:
+            assert before == [t.array.tobytes() for t in inputs], "an input was written"
+
+    def check(self, module):
+        """The same bits from every instruction set, those of the formulas within rounding."""
+        bits = set()
+        for isa in module.available():
+            module.use(isa)
+            for out, *_ in self.wanted:
+                out.array[...] = stored(np.nan, out.dtype)
+            self.run(module)
+            bits.add(tuple(out.array.tobytes() for out, *_ in self.wanted))
+            for out, *_ in self.wanted:
+                whole = out.array if out.array.base is None else out.array.base
+                gaps = np.isnan(Lent(whole, out.dtype).values()).sum()
+                assert gaps == whole.size - out.array.size, "not every element written, or others"
+        assert len(bits) == 1, "instruction sets differ"
+        inner = 2.0**-53 if self.tensors[0].dtype == "float64" else 2.0**-24
+        for out, want, terms in self.wanted:
+            error = np.abs(out.values() - want)
+            allowed = 4 * ROUNDING[out.dtype] * np.abs(want) + 64 * inner * terms
+            allowed += 2.0**-25 * (out.dtype == "float16")  # subnormal
+            assert (error <= allowed).all(), (self.op, out.dtype, out.array.shape, np.nanmax(error - allowed))
+
+
+def spoilt(rng, lent):
+    """A description that still tells no more memory than there is, or that no call may take; or no tensor at all."""
+    kind = rng.integers(12)
+    if lent is None or kind == 0:
+        return [None, 3, "mu", object(), [[0.0]], Lent][rng.integers(6)]
+    new = Lent(lent.array, lent.dtype)
+    d, at = new.description, int(rng.integers(max(lent.array.ndim, 1)))
+    if kind == 1:
+        d.ndim = rng.choice([-1, -(2**31), 65, 2**31 - 1])
+    elif kind == 2:
+        d.code = rng.choice([0, 1, 3, 5, 6, 255])
+    elif kind == 3:
+        d.bits = rng.choice([0, 1, 8])
+    elif kind == 4:
+        d.lanes = rng.choice([0, 2, 65535])
+    elif kind == 5:
+        d.device = rng.choice([0, 2, 3, 10, -1])
+    elif kind == 6:
+        d.data = None
+    elif kind == 7:
+        d.strides = None
+    elif kind == 8 and lent.array.size > 0:
+        d.ndim = rng.integers(d.ndim + 1)
+    elif lent.array.ndim > 0 and kind == 9:
+        new.shape[at] = rng.choice(
+            [-1, -2, -(2**31), -(2**62), -(2**63), 2**62 + 1, 2**63 - 1, 0, min(1, new.shape[at])]
+        )
+    elif lent.array.ndim > 0 and kind == 10:
+        new.strides[at] = rng.choice([0, 2**62, -(2**62), 2**63 - 1, -(2**63)])
+    elif lent.array.ndim > 0:
+        new.shape[at] //= 2
+    return new
+
+
+def attempt(call):
+    """1 where it was refused."""
+    try:
+        call()
+    except REFUSALS:
+        return 1
+    return 0
+
+
+def hostile(rng, module):
+    """One or two tensors of a call spoilt."""
+    call = Call(rng, module)
+    tensors = list(call.tensors)
+    for i in rng.integers(len(tensors), size=rng.integers(1, 3)):
+        tensors[i] = spoilt(rng, tensors[i] if isinstance(tensors[i], Lent) else None)
+    module.use(str(rng.choice(module.available())))
+    call.threads = int(rng.choice([-5, 0, 1, 2, 2**31 - 1]))
+    return attempt(lambda: call.run(module, tensors))
+
+
+def main(path, calls, seed):
+    module, rng = load(path), np.random.default_rng(seed)
+    assert "torch" not in sys.modules
+    for _ in range(calls):
+        Call(rng, module).check(module)
+    refused = sum(hostile(rng, module) for _ in range(4 * calls))
+    numbers = [0, -1, 2**31, 2**63 - 1, 2**63, 2**64, 1e300, float("nan"), None, "7", b"8765", []]
+    for a, b in itertools.product(numbers, repeat=2):
+        attempt(lambda a=a, b=b: module.noise(a, b, 7))
+        attempt(lambda a=a, b=b: module.noise(1, a, b))
+        attempt(lambda a=a, b=b: module.box_muller(a, b))
+        attempt(lambda a=a, b=b: module.Options(module.Param(a), 0.0, False, b, b))
+    print(f"{4 * calls} hostile ones, {refused} of them refused")
+    print(f"{calls * len(module.available()) + 4 * calls} calls")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def fuzzing(program, runs):
 
 def libfuzzer(folder):
     program = build(folder, "clang++", ["avx2"], ["-fsanitize=fuzzer,address,undefined", *CHECKS, *QUIET])
-    return "clang++", fuzzing(program, 100_000), {}
+    return "clang++", fuzzing(program, 20_000), {}
 
 
 def python_flags():
@@ -114,6 +114,7 @@ def figures(output):
     calls = sum(int(n) for n in re.findall(r"(\d+) (?:inputs|calls)$", output, re.M))
     inputs = [int(n) for n in re.findall(r"Done (\d+) runs", output)] or [calls]
     result = re.findall(r"\d+ calls of the kernels' functions, \d+ of them with a result", output)
+    result += re.findall(r"\d+ hostile ones, \d+ of them refused", output)
     edges = [f"{n} edges" for n in re.findall(r"cov: (\d+)", output)[-1:]]
     return inputs[0], "; ".join(edges + result)
 
