@@ -133,7 +133,7 @@ def main():
             start = time.monotonic()
             done = subprocess.run(
                 command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                encoding="utf-8", errors="replace",
+                encoding="utf-8", errors="replace", timeout=1800,  # a hang is a finding
             )  # fmt: skip
             seconds = time.monotonic() - start
         assert done.returncode == 0, f"{what}:\n{done.stdout[-8000:]}"
