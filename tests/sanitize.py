@@ -139,7 +139,7 @@ def main():
         assert done.returncode == 0, f"{what}:\n{done.stdout[-8000:]}"
         inputs, found = figures(done.stdout)
         rows.append((what, version(name), inputs, "none", found, f"{seconds:.0f}"))
-        print(rows[-1], flush=True)
+        print(f"{what}: {inputs} inputs, no findings, {seconds:.0f} s", flush=True)
     lines = ["# Memory and undefined behaviour", "", f"`make sanitize`; the seed of every run is {SEED}.", ""]
     lines += [f"{machine()}.", "", *table(("what", "tool", "inputs", "findings", "reached", "seconds"), rows), NOTES]
     (ROOT / "tests/reports").mkdir(exist_ok=True)
