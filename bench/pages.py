@@ -93,6 +93,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ops": lambda: ratios(read("ops") + read("packed"), "op"),
     "half": lambda: ratios(read("half"), "dtype"),
     "avx2": lambda: ratios(read("avx2")) + "\n" + conditions(read("avx2")),
+    "zen4": lambda: ratios(read("zen4"), "op") + "\n" + conditions(read("zen4")),
     "scaling": scaling,
 }
 
