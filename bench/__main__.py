@@ -4,7 +4,6 @@ import argparse
 import csv
 import math
 import os
-import platform
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import reparam_kernels as rk
 from reparam_kernels import backends
 
 from . import charts, measure, providers, steps
+from .processor import processor
 
 SIZES = ["128x20", "512x128", "256x1024", "1024x1024", "4096x1024"]
 QUICK = ["128x20", "512x128"]
@@ -51,12 +51,7 @@ def arguments() -> argparse.Namespace:
 def conditions(args: argparse.Namespace) -> Row:
     """What a number depends on, in every row."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    machine = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            machine = line.split(":")[1].strip()
-            break
-    isa = "triton"
+    machine, isa = processor(), "triton"
     if args.device == "cpu" and backends.name_of("cpu") == "cpu":
         from reparam_kernels import _C
 

@@ -47,6 +47,11 @@ def ratios(rows: list[Row], *names: str, limits: dict[str, str] = LIMITS) -> str
     return "\n".join(lines) + "\n"
 
 
+def measured(folder: str, *names: str) -> str:
+    rows = read(folder)
+    return ratios(rows, *names) + "\n" + conditions(rows)
+
+
 def conditions(rows: list[Row]) -> str:
     known = rows[0]
     spread = max(abs(float(row["ratio_to_ours"]) - 1) for row in rows if row["provider"] == "ours again")
@@ -89,11 +94,11 @@ def scaling() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "short": short,
-    "main": lambda: ratios(read("")) + "\n" + conditions(read("")),
+    "main": lambda: measured(""),
     "ops": lambda: ratios(read("ops") + read("packed"), "op"),
     "half": lambda: ratios(read("half"), "dtype"),
-    "avx2": lambda: ratios(read("avx2")) + "\n" + conditions(read("avx2")),
-    "zen4": lambda: ratios(read("zen4"), "op") + "\n" + conditions(read("zen4")),
+    "avx2": lambda: measured("avx2"),
+    "zen4": lambda: measured("zen4", "op"),
     "scaling": scaling,
 }
 

@@ -114,7 +114,10 @@ class Call:
 
     def __init__(self, rng, module):
         self.op = rng.choice(["randn", "forward", "backward"])
-        flip = lambda: bool(rng.integers(2))  # noqa: E731
+
+        def flip():
+            return bool(rng.integers(2))
+
         dtype = str(rng.choice([*ROUNDING]))
         sums = "float64" if dtype == "float64" else "float32"
         shape = SHAPES[rng.integers(len(SHAPES))]
@@ -130,7 +133,10 @@ class Call:
         self.min_std, clamp = 0.01 * (param == "softplus" and flip()), (0.75, 1.25) if flip() else None
         low, high = clamp or (0.0, 0.0)
         self.before = [module.Options(getattr(module.Param, param), self.min_std, clamp is not None, low, high)]
-        draw = lambda of, low=-2: rng.uniform(low, 2, of)  # noqa: E731
+
+        def draw(of, low=-2):
+            return rng.uniform(low, 2, of)
+
         given, z, prior = flip(), flip(), flip()
         kl = not z or flip()
         event = int(rng.integers(len(shape) + 1))
@@ -167,13 +173,12 @@ class Call:
             outs = [unwritten(shape, t, part) if flip() else None for t in (dtype, dtype)]
             outs += [unwritten(shape, t, part) if prior and kl and flip() else None for t in (prior_dtype, prior_dtype)]
             inside = 1.0 if clamp is None else (raw >= clamp[0]) & (raw <= clamp[1])
-            full = np.zeros(shape)
             d_x = (d_s + k * (s / s_p**2 - 1 / s)) * slope * inside
             d_p = k * (1 - (s / s_p) ** 2 - delta**2) / s_p * slope_p
             values = [g + k * delta / s_p, d_x, -k * delta / s_p, d_p]
             self.tensors = [mu, x, mu_p, x_p, seed, eps, dz, dkl, *outs]
             scale = 8 * max(1, math.prod(samples))
-            self.wanted = [(out, full + value, scale) for out, value in zip(outs, values, strict=True)]
+            self.wanted = [(out, value, scale) for out, value in zip(outs, values, strict=True)]
         self.wanted = [w for w in self.wanted if w[0] is not None]
 
     @staticmethod

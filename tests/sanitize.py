@@ -62,7 +62,7 @@ def fuzzing(program, runs):
 
 def libfuzzer(folder):
     program = build(folder, "clang++", ["avx2"], ["-fsanitize=fuzzer,address,undefined", *CHECKS, *QUIET])
-    return "clang++", fuzzing(program, 20_000), {}
+    return "clang++", fuzzing(program, 100_000), {}
 
 
 def python_flags():
