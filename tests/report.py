@@ -18,7 +18,7 @@ from reparam_kernels import _C
 
 
 def memory():
-    """", 24 GiB", where Linux tells it."""
+    """ ", 24 GiB", where Linux tells it."""
     try:
         return f", {int(Path('/proc/meminfo').read_text().split()[1]) / 2**20:.0f} GiB"
     except OSError:
@@ -28,8 +28,8 @@ def memory():
 def machine():
     """The processor, the memory, and the versions of what ran."""
     return (
-        f"{processor()}{memory()}, {' '.join(_C.available())}; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"triton {triton.__version__}, numpy {np.__version__}"
+        f"{processor()}{memory()}, {' '.join(_C.available())}; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, triton {triton.__version__}, numpy {np.__version__}"
     )
 
 
