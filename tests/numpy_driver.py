@@ -123,16 +123,16 @@ class Call:
         shape = SHAPES[rng.integers(len(SHAPES))]
         samples = [(), (1,), (3,), (2, 2), (0,)][rng.integers(5)]
         seeds = rng.integers(-(2**63), 2**63 - 1, shape[0] if shape and shape[0] < 999 and flip() else 1)
-        self.seed = Lent(seeds, "int64")
+        lent_seeds = Lent(seeds, "int64")
         self.threads = int(rng.integers(-1, 4))
         if self.op == "randn":
-            self.before, self.tensors = [], [self.seed, unwritten(shape, dtype)]
+            self.before, self.tensors = [], [lent_seeds, unwritten(shape, dtype)]
             self.wanted = [(self.tensors[1], self.noise(seeds, (), shape), 0)]
             return
         param = str(rng.choice(PARAMS))
-        self.min_std, clamp = 0.01 * (param == "softplus" and flip()), (0.75, 1.25) if flip() else None
+        min_std, clamp = 0.01 * (param == "softplus" and flip()), (0.75, 1.25) if flip() else None
         low, high = clamp or (0.0, 0.0)
-        self.before = [module.Options(getattr(module.Param, param), self.min_std, clamp is not None, low, high)]
+        self.before = [module.Options(getattr(module.Param, param), min_std, clamp is not None, low, high)]
 
         def draw(of, low=-2):
             return rng.uniform(low, 2, of)
@@ -146,14 +146,14 @@ class Call:
         mu_p = laid(rng, draw(shape), prior_dtype) if prior else None
         x_p = laid(rng, draw(shape, 0.5), prior_dtype) if prior else None
         eps = laid(rng, draw(samples + shape), dtype) if z and given else None
-        seed = self.seed if z and not given else None
+        seed = lent_seeds if z and not given else None
         dz, dkl = laid(rng, draw(samples + shape), dtype) if z else None, laid(rng, draw(rows), sums) if kl else None
 
         m, raw = mu.values(), x.values()
         at = raw if clamp is None else raw.clip(*clamp)
-        s, slope = sigma_of(param, at, self.min_std)
+        s, slope = sigma_of(param, at, min_std)
         m_p = mu_p.values() if prior else 0.0
-        s_p, slope_p = sigma_of(param, x_p.values(), self.min_std) if prior else (1.0, 0.0)
+        s_p, slope_p = sigma_of(param, x_p.values(), min_std) if prior else (1.0, 0.0)
         e = eps.values() if eps else self.noise(seeds, samples, shape)
         delta = (m - m_p) / s_p
         if self.op == "forward":
