@@ -40,7 +40,7 @@ test-gpu-code: $(VENV)/.ready
 quality: $(VENV)/.ready
 	$(RUN) -m tests.quality $(or $(QUALITY_ARGS),--out tests/reports/quality.md)
 
-# Debian: apt install valgrind clang; what is not installed is left out, and the report says so.
+# A third of an hour. Debian: apt install valgrind clang; what is not installed is left out, and the report says so.
 sanitize: $(VENV)/.ready
 	$(RUN) -m tests.sanitize
 	$(RUN) -m pytest -m 'slow or not slow' tests/test_hostile.py \
