@@ -55,12 +55,12 @@ fuzz: $(VENV)/.ready
 extremes: $(VENV)/.ready
 	$(RUN) -m pytest tests/test_extremes.py --report=tests/reports/extremes.md --report-title='Extreme values'
 
-# A quarter of an hour.
+# Minutes.
 determinism: $(VENV)/.ready
 	$(RUN) -m pytest -m 'slow or not slow' tests/test_determinism.py \
 		--report=tests/reports/determinism.md --report-title='The same bits: every way to the same result'
 
-# A quarter of an hour.
+# Minutes.
 faults: $(VENV)/.ready
 	$(RUN) -m pytest -m 'not arm' tests/test_faults.py tests/test_forks.py tests/test_installs.py tests/test_endurance.py \
 		--report=tests/reports/faults.md --report-title='Faults'
