@@ -48,9 +48,18 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def commit() -> str:
+    """The commit that is measured; "unknown" without git, or outside of a repository."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
 def conditions(args: argparse.Namespace) -> Row:
     """What a number depends on, in every row."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     machine, isa = processor(), "triton"
     if args.device == "cpu" and backends.name_of("cpu") == "cpu":
         from reparam_kernels import _C
@@ -63,7 +72,7 @@ def conditions(args: argparse.Namespace) -> Row:
         "isa": isa,
         "threads": args.threads,
         "torch": torch.__version__,
-        "commit": commit,
+        "commit": commit(),
         "noise_version": rk.NOISE_VERSION,
     }
 
@@ -162,6 +171,8 @@ def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
+    if args.device != "cpu":
+        torch.cuda.set_device(args.device)  # events and memory counters are those of the current device
     bandwidth = measure.copy_bandwidth(args.device)
     rows: list[Row] = []
     for op in args.op:

@@ -20,7 +20,8 @@ def vae(impl: str, device: str) -> Step:
     """The reference VAE on a batch of 64 digits, Adam."""
     images = load()
     model, optimizer = start(images, Options(impl={"ours": "kernels", "eager": "plain"}[impl], latent=20))
-    x = images.train[:64]
+    model.to(device)
+    x = images.train[:64].to(device)
     seeds = itertools.count()  # fresh noise each step, as in training
 
     def step() -> None:

@@ -1,14 +1,16 @@
 """The benchmark measures what it says: rows, bounds and charts are there, a wrong provider gets no number."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-from bench import measure, providers
+from bench import measure, providers, steps
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,6 +40,30 @@ def test_every_case_has_a_row_with_its_conditions(run):
         assert r["torch"] == torch.__version__
         assert r["commit"]
         assert float(r["copy_gb_s"]) > 0
+
+
+def test_a_run_survives_a_machine_without_git(tmp_path):
+    command = [sys.executable, "-m", "bench", "--op", "kl", "--size", "8x4", "--rounds", "2", "--quick"]
+    env = {key: value for key, value in os.environ.items() if key != "PATH"} | {"PATH": str(tmp_path)}
+    subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, check=True, capture_output=True, env=env)
+    with open(tmp_path / "results.csv", newline="") as file:
+        assert {row["commit"] for row in csv.DictReader(file)} == {"unknown"}
+
+
+@pytest.mark.parametrize("name", steps.STEPS)
+@pytest.mark.parametrize("impl", ["ours", "eager"])
+def test_a_step_runs_on_the_device_that_it_is_given(name, impl):
+    """A tensor left on the CPU would not go together with the others, which are on meta."""
+    made = []
+    backward = torch.Tensor.backward
+
+    def record(self, *args, **options):
+        made.append(self.device.type)
+        return backward(self, *args, **options)
+
+    with mock.patch.object(torch.Tensor, "backward", record):
+        steps.STEPS[name](impl, "meta")()
+    assert made == ["meta"]
 
 
 def test_ratios_and_bounds_are_those_of_the_times(run):

@@ -37,7 +37,7 @@ class VAE(nn.Module):
         mu, logvar = self.head.mu(h), self.head.logvar(h)
         if self.impl == "reference":
             return rk.reference.reparameterize_kl(mu, logvar, seed=seed, sample_shape=samples)
-        eps = torch.randn(*samples, *mu.shape, dtype=mu.dtype)
+        eps = torch.randn(*samples, *mu.shape, dtype=mu.dtype, device=mu.device)
         return mu + torch.exp(0.5 * logvar) * eps, -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum(-1)
 
     def decode(self, z: Tensor) -> Tensor:
