@@ -6,16 +6,23 @@ import sys
 
 import pytest
 import torch
+from triton.runtime import interpreter
 
 import reparam_kernels as rk
 from reparam_kernels import selftest
+from tests.conftest import forget, use_backend
+
+pytestmark = pytest.mark.usefixtures("says_where")
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("check", selftest.CHECKS, ids=lambda check: check.__name__)
 def test_every_check_passes_or_says_why_it_cannot_run(backend, check):
-    if check.__name__ in ("large", "graph", "streams", "second_device", "launches"):
+    if check is selftest.roots and backend == "cpu":
+        with pytest.raises(selftest.Skip, match="processor's own"):
+            list(check(CPU))
+    elif check.__name__ in ("large", "graph", "streams", "second_device", "launches"):
         with pytest.raises(selftest.Skip, match="CUDA"):
             list(check(CPU))
     else:
@@ -50,6 +57,43 @@ def test_a_wrong_gradient_and_a_wrong_z_are_found(monkeypatch):
     assert "dx" in found["gradients"].detail
 
 
+def test_a_wrong_square_root_is_found(monkeypatch):
+    right = selftest.sqrt_of
+
+    def wrong(x):
+        out = right(x)
+        out[0] = torch.nextafter(out[0], torch.tensor(torch.inf))
+        return out
+
+    monkeypatch.setattr(selftest, "sqrt_of", wrong)
+    use_backend(monkeypatch, "triton")
+    try:
+        assert list(selftest.roots(CPU)) == ["sqrt: 1 of 1061 elements have other bits"]
+    finally:
+        forget()
+
+
+def test_no_launch_lets_the_compiler_contract(monkeypatch):
+    """Rounding is part of the contract, in the self-test's own kernels too."""
+    launched = []
+    real = interpreter.GridExecutor.__call__
+
+    def record(self, *args, **options):
+        launched.append((self.fn.__name__, options.get("enable_fp_fusion")))
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", record)
+    use_backend(monkeypatch, "triton")
+    try:
+        for check in selftest.CHECKS[:6]:
+            assert list(check(CPU)) == []
+    finally:
+        forget()
+    names = {name for name, _ in launched}
+    assert {"words_kernel", "roots_kernel", "randn_kernel", "forward_kernel", "backward_kernel"} <= names
+    assert all(fusion is False for _, fusion in launched)
+
+
 def test_a_check_that_breaks_is_a_failure(monkeypatch):
     def broken(device):
         raise RuntimeError("out of memory")
@@ -69,7 +113,7 @@ def test_the_command_prints_a_table_and_exits_well():
     done = command()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "selftest of the cpu backend on cpu" in done.stdout
-    assert "5 passed, 0 failed, 5 skipped" in done.stdout
+    assert "5 passed, 0 failed, 6 skipped" in done.stdout
 
 
 def test_without_kernels_there_is_nothing_to_test():

@@ -644,6 +644,14 @@ def words_kernel(out_ptr, at_ptr, count, BLOCK: tl.constexpr):
     tl.store(out_ptr + 4 * i + 3, x3.to(tl.int64), mask=i < count)
 
 
+@triton.jit
+def roots_kernel(out_ptr, x_ptr, count, NVIDIA: tl.constexpr, BLOCK: tl.constexpr):
+    """The square roots of x [count], as the noise takes them: for the self-test."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < count, other=1.0)
+    tl.store(out_ptr + i, root(x, NVIDIA), mask=i < count)
+
+
 @triton.jit(do_not_specialize=["rows", "total"])
 def randn_kernel(
     out_ptr,
