@@ -170,8 +170,8 @@ class DiagonalGaussian:
         return out.sum(dim=tuple(range(-dims, 0))) if dims else out
 
     def mode(self) -> Tensor:
-        """mu."""
-        return self.mean
+        """mu, as a tensor of its own: it may be changed in place, as a sample may."""
+        return self.mean.clone(memory_format=torch.contiguous_format)
 
     def _x(self) -> Tensor:
         x = unpacked(self._view)[1]

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from .api import kl_divergence, reparameterize_kl
 
+OPTIONS = ("event_ndim", "param", "min_std", "clamp")  # of reparameterize_kl, fixed for the layer
+
 
 class GaussianHead(nn.Module):
     """Map features to (z, kl): mu and logvar by two parallel linear layers, then reparameterize_kl.
@@ -17,7 +19,7 @@ class GaussianHead(nn.Module):
         in_features: size of the last dim of h.
         latent_features: size of the last dim of z.
         mean_in_eval: in eval mode give z = mu instead of a sample; kl stays.
-        param, min_std, clamp: as for reparameterize_kl; the layer `logvar` gives what `param` says.
+        event_ndim, param, min_std, clamp: as for reparameterize_kl; the layer `logvar` gives what `param` says.
         device, dtype: of the parameters.
 
     Raises:
@@ -39,6 +41,7 @@ class GaussianHead(nn.Module):
         latent_features: int,
         mean_in_eval: bool = False,
         *,
+        event_ndim: int | None = None,
         param: str = "logvar",
         min_std: float = 0.0,
         clamp: tuple[float, float] | None = None,
@@ -49,7 +52,7 @@ class GaussianHead(nn.Module):
         self.mu = nn.Linear(in_features, latent_features, device=device, dtype=dtype)
         self.logvar = nn.Linear(in_features, latent_features, device=device, dtype=dtype)
         self.mean_in_eval = mean_in_eval
-        self.param, self.min_std, self.clamp = param, min_std, clamp
+        self.event_ndim, self.param, self.min_std, self.clamp = event_ndim, param, min_std, clamp
 
     def forward(
         self,
@@ -63,12 +66,14 @@ class GaussianHead(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """h (..., in_features) to z (..., latent_features) and kl; the keywords are those of reparameterize_kl."""
         mu, x = self.mu(h), self.logvar(h)
-        scale: dict[str, Any] = {"param": self.param, "min_std": self.min_std, "clamp": self.clamp}
+        options = {name: getattr(self, name) for name in OPTIONS}
         if self.mean_in_eval and not self.training:
-            return mu.expand(*sample_shape, *mu.shape), kl_divergence(mu, x, prior=prior, **scale)
+            mean = mu.expand(*sample_shape, *mu.shape)
+            z = mean.clone(memory_format=torch.contiguous_format)  # z may change in place, and backward of kl needs mu
+            return z, kl_divergence(mu, x, prior=prior, **options)
         return reparameterize_kl(
-            mu, x, seed=seed, generator=generator, eps=eps, sample_shape=sample_shape, prior=prior, **scale
+            mu, x, seed=seed, generator=generator, eps=eps, sample_shape=sample_shape, prior=prior, **options
         )
 
     def extra_repr(self) -> str:
-        return f"mean_in_eval={self.mean_in_eval}, param={self.param!r}, min_std={self.min_std}, clamp={self.clamp}"
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in ("mean_in_eval", *OPTIONS))

@@ -1,6 +1,7 @@
 """DiagonalGaussian and GaussianHead: the same ops behind an object and a module."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -10,6 +11,8 @@ from torch.distributions import kl_divergence as torch_kl
 
 import reparam_kernels as rk
 from tests.cases import PARAMS, inputs
+
+pytestmark = pytest.mark.usefixtures("says_where")
 
 
 @pytest.mark.parametrize("param", PARAMS)
@@ -76,6 +79,23 @@ def test_head_gives_the_mean_in_eval_where_asked(backend):
     assert torch.equal(kl, rk.kl_divergence(head.mu(h), head.logvar(h)))
     always = rk.GaussianHead(7, 3).eval()
     assert not torch.equal(always(h)[0], always.mu(h))
+
+
+def test_head_takes_every_keyword_of_the_function():
+    own = {*inspect.signature(rk.GaussianHead).parameters, *inspect.signature(rk.GaussianHead.forward).parameters}
+    assert set(inspect.signature(rk.reparameterize_kl).parameters) - {"mu", "logvar"} <= own
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_head_sums_kl_over_the_event_dims_it_was_given(backend, training):
+    """A mask of (B, T) goes with a kl of (B, T), not of (B,)."""
+    head = rk.GaussianHead(7, 3, mean_in_eval=True, event_ndim=1).train(training)
+    h = torch.randn(2, 5, 7)
+    z, kl = head(h, seed=4)
+    assert z.shape == (2, 5, 3)
+    assert torch.equal(kl, rk.kl_divergence(head.mu(h), head.logvar(h), event_ndim=1))
+    assert rk.GaussianHead(7, 3)(h)[1].shape == (2,)
+    assert "event_ndim=1" in repr(head)
 
 
 def test_head_survives_copies():
