@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributions
 
+from . import checks, modes
 from .api import kl_divergence, reparameterize
 
 __all__ = ["Normal"]
@@ -16,18 +17,20 @@ class Normal(distributions.Normal):
 
         z = loc + scale * eps,  kl_divergence(p, q) = KL(N(loc, scale^2) || N(q.loc, q.scale^2)), elementwise
 
-    A subclass: batch shapes, broadcasting, expand, Independent, log_prob, entropy, cdf and icdf are torch's own. A draw
-    takes one seed from torch's generator and stores no noise. The KL with torch's Normal on either side is ours too.
+    A subclass: batch shapes, broadcasting, expand, Independent, log_prob, entropy, cdf and icdf are torch's own, and so
+    are the dtype and the device of every result, except that the KL of half dtypes is float32. A draw takes one seed
+    from torch's generator and stores no noise. The KL with torch's Normal on either side is ours too.
 
     Args:
         loc: mean; a number or a tensor of float16, bfloat16, float32 or float64.
         scale: standard deviation; broadcasts with loc.
         validate_args: as in torch; a NaN or a scale that is not positive is looked for by two reductions and one read,
-            not at all when it is off.
+            not at all when it is off. What is validated is what is kept: a number in the tensors' dtype.
 
     Raises:
         ValueError: torch's own, where validation finds a bad value.
-        TypeError: at the first draw or KL, where loc is not of one of the four dtypes.
+        TypeError: at the first draw, if loc is not of one of the four dtypes.
+        ValueError: at the first draw or KL, if a tensor with dims is on another device.
 
     Source:
         Kingma and Welling, "Auto-Encoding Variational Bayes", 2014, section 2.4 and appendix B.
@@ -51,39 +54,60 @@ class Normal(distributions.Normal):
         else:
             self._validate_args = validate_args
         usual = self.arg_constraints is distributions.Normal.arg_constraints
-        if self._validate_args and not (usual and _looks_valid(loc, scale)):
+        if self._validate_args and not (usual and self._looks_valid(loc, scale)):
             super().__init__(loc, scale, validate_args)  # says what is wrong
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
         return super().expand(batch_shape, self._get_checked_instance(Normal, _instance))  # type: ignore[no-untyped-call]
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        loc, scale = one_dtype(self.loc, self.scale)
-        return reparameterize(loc, scale, sample_shape=tuple(sample_shape), param="std")
+        z = self._draw(sample_shape)
+        # torch's noise has the dtype of loc, and with sample dims it decides over parameters without dims
+        return z.to(self.loc.dtype) if self.loc.dim() == 0 and z.dim() > 0 else z
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():
-            return self.rsample(sample_shape)
+            return self._draw(sample_shape).to(self.loc.dtype)
+
+    def _draw(self, sample_shape: Any) -> Tensor:
+        loc, scale = self.loc, self.scale
+        if loc.dtype != scale.dtype or loc.device != scale.device:
+            checks.floating("Normal.rsample", "loc", loc)
+            loc, scale = brought_together(arithmetic_dtype(loc, scale), loc, scale)
+        return reparameterize(loc, scale, sample_shape=tuple(sample_shape), param="std")
+
+    def _looks_valid(self, loc: Tensor | float, scale: Tensor | float) -> bool:
+        """True if neither has a NaN and every scale is positive; False also if that cannot be told here.
+
+        The least element tells, since a NaN is the least of all.
+        """
+        if modes.transforming() or self.loc.is_meta or self.loc.device != self.scale.device:
+            return False
+
+        def least(given: Tensor | float, kept: Tensor) -> Tensor | float:
+            if not isinstance(given, Tensor):
+                return torch.tensor(given, dtype=kept.dtype, device="cpu").item()
+            given = given.detach()
+            return given.amin() if given.numel() else 1.0
+
+        low, narrow = least(loc, self.loc), least(scale, self.scale)
+        if isinstance(low, Tensor) and isinstance(narrow, Tensor):
+            low, narrow = torch.stack((low, narrow)).tolist()  # one read for both
+        return bool(low == low and narrow > 0)
 
 
-def _looks_valid(loc: Tensor | float, scale: Tensor | float) -> bool:
-    """No NaN and only positive scales; the least element tells, for a NaN is the least of all."""
-
-    def least(t: Tensor | float) -> Tensor | float:
-        if isinstance(t, Tensor):
-            return t.detach().amin() if t.numel() else 1.0
-        return t
-
-    low, narrow = least(loc), least(scale)
-    if isinstance(low, Tensor) and isinstance(narrow, Tensor):
-        low, narrow = torch.stack((low, narrow)).tolist()  # one read for both
-    return bool(low == low and narrow > 0)
+def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype that torch's arithmetic gives: floats decide before integers, tensors with dims before 0-dim ones."""
+    floats = [t for t in tensors if t.is_floating_point()] or tensors
+    deciding = [t for t in floats if t.dim() > 0] or floats
+    return reduce(torch.promote_types, (t.dtype for t in deciding))
 
 
-def one_dtype(*tensors: Tensor) -> list[Tensor]:
-    """Promoted as torch's arithmetic promotes them."""
-    dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
-    return [t.to(dtype) for t in tensors]
+def brought_together(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """The tensors in one dtype; a 0-dim tensor on the CPU goes to the device of the others, as in arithmetic."""
+    fixed = [t.device for t in tensors if t.dim() > 0 or t.device.type != "cpu"]
+    device = fixed[0] if fixed else tensors[0].device
+    return [(t.to(device) if t.dim() == 0 and t.device.type == "cpu" else t).to(dtype) for t in tensors]
 
 
 @distributions.register_kl(Normal, Normal)  # type: ignore[no-untyped-call, untyped-decorator]
@@ -91,6 +115,12 @@ def one_dtype(*tensors: Tensor) -> list[Tensor]:
 @distributions.register_kl(distributions.Normal, Normal)  # type: ignore[no-untyped-call, untyped-decorator]
 def _kl(p: distributions.Normal, q: distributions.Normal) -> Tensor:
     """float32 for the half dtypes, whose own range a KL leaves."""
-    loc, scale, loc_q, scale_q = one_dtype(p.loc, p.scale, q.loc, q.scale)
+    four = (p.loc, p.scale, q.loc, q.scale)
+    dtype = arithmetic_dtype(*four)
+    if not dtype.is_floating_point:
+        dtype = torch.get_default_dtype()  # in which torch divides integers
+    elif any(t.dtype != dtype for t in four):
+        dtype = torch.promote_types(dtype, torch.float32)  # so that no parameter loses digits to a half dtype
+    loc, scale, loc_q, scale_q = brought_together(dtype, *four)
     shape = torch.broadcast_shapes(loc.shape, loc_q.shape)  # type: ignore[no-untyped-call]
     return kl_divergence(loc.expand(shape), scale.expand(shape), prior=(loc_q, scale_q), param="std", event_ndim=0)

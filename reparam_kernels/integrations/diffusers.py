@@ -83,7 +83,7 @@ class Posterior:
     def _zero(self, *shape: int) -> Tensor:
         """The KL of a deterministic posterior: theirs is one zero on the CPU."""
         if not self.mend_quirks:
-            return torch.zeros(1)
+            return torch.zeros(1, device="cpu")
         return self.mean.new_zeros(shape, dtype=accumulate_dtype(self.mean.dtype))
 
 

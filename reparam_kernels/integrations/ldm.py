@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import checks
 from ..api import kl_divergence
-from ..distributions import one_dtype
+from ..distributions import arithmetic_dtype, brought_together
 from . import diffusers
 
 __all__ = ["DiagonalGaussianDistribution", "normal_kl"]
@@ -48,7 +48,7 @@ def normal_kl(mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | fl
         kl in nats, float32 (float64 for float64), of the broadcast shape; gradients to every tensor.
 
     Raises:
-        TypeError: no tensor among the four.
+        TypeError: no float tensor among the four.
 
     Source:
         Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", 2020, whose code brought this signature.
@@ -61,9 +61,10 @@ def normal_kl(mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | fl
                 [0.5000, 0.5000, 0.5000]])
     """
     given = (mean1, logvar1, mean2, logvar2)
-    like = next((t for t in given if isinstance(t, Tensor)), None)
+    like = next((t for t in given if isinstance(t, Tensor) and t.is_floating_point()), None)
     if like is None:
-        checks.fail(TypeError, "normal_kl", "at least one argument must be a tensor", "four numbers", "Wrap one.")
-    mu, logvar, mu_p, logvar_p = one_dtype(*(t if isinstance(t, Tensor) else like.new_tensor(t) for t in given))
+        checks.fail(TypeError, "normal_kl", "at least one argument must be a float tensor", "none", "Wrap one.")
+    tensors = [t if isinstance(t, Tensor) else torch.full((), t, dtype=like.dtype, device=like.device) for t in given]
+    mu, logvar, mu_p, logvar_p = brought_together(arithmetic_dtype(*tensors), *tensors)
     shape = torch.broadcast_shapes(*(t.shape for t in (mu, logvar, mu_p, logvar_p)))  # type: ignore[no-untyped-call]
     return kl_divergence(mu.expand(shape), logvar.expand(shape), prior=(mu_p, logvar_p), event_ndim=0)
