@@ -47,8 +47,7 @@ def floating(where: str, name: str, t: Any) -> None:
         )
 
 
-def like_mu(where: str, name: str, t: Tensor, mu: Tensor, shape: bool = True) -> None:
-    """`t` goes with mu: one device, one dtype and, unless it may expand, one shape."""
+def on_device_of_mu(where: str, name: str, t: Tensor, mu: Tensor) -> None:
     if t.device != mu.device:
         fail(
             ValueError,
@@ -57,6 +56,11 @@ def like_mu(where: str, name: str, t: Tensor, mu: Tensor, shape: bool = True) ->
             f"mu {mu.device}, {name} {t.device}",
             "Move one of them with .to().",
         )
+
+
+def like_mu(where: str, name: str, t: Tensor, mu: Tensor, shape: bool = True) -> None:
+    """`t` goes with mu: one device, one dtype and, unless it may expand, one shape."""
+    on_device_of_mu(where, name, t, mu)
     if t.dtype != mu.dtype:
         fail(
             TypeError,

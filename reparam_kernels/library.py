@@ -137,7 +137,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     found = gradients(call, dz, dkl, wanted)
     asked = zip(found, call[:4], wanted, strict=True)
     return tuple(
-        call.mu.new_empty(0) if not want or like is None else torch.zeros_like(like) if grad is None else grad
+        call.mu.new_empty(0) if not want or like is None else like.new_zeros(like.shape) if grad is None else grad
         for grad, like, want in asked
     )
 
@@ -151,7 +151,7 @@ def _noise(seed: Tensor, size: Sequence[int], samples: int) -> Tensor:
     part = math.prod(size) // max(samples * seed.numel(), 1)
     parts = seed.new_empty((seed.numel(), samples, part), dtype=torch.float32)
     kernels_of(seed).randn(parts, seed)
-    return parts.movedim(0, 1).reshape(size)
+    return parts.movedim(0, 1).reshape(-1).view(size)  # contiguous, whatever movedim leaves
 
 
 # ---- shapes
@@ -231,7 +231,7 @@ def _noise_vmap(info: Any, in_dims: Any, seed: Tensor, size: Sequence[int], samp
     seeds = seed.movedim(in_dims[0], 0)
     n = math.prod(size) // max(samples, 1)
     eps = noise(seeds.reshape(-1).contiguous(), (samples, seeds.shape[0], n), samples)
-    return eps.movedim(1, 0).reshape(seeds.shape[0], *size), 0
+    return eps.movedim(1, 0).contiguous().view(seeds.shape[0], *size), 0
 
 
 def _one_by_one(op: Any) -> Any:

@@ -32,7 +32,7 @@ def noise(seed: Tensor, shape: tuple[int, ...], samples: int = 1) -> Tensor:
     i = torch.arange(math.prod(shape), device=device)
     n = max(i.numel() // max(samples, 1), 1)
     group = max(n // seed.numel(), 1)
-    key = seed.to(device)[i % n // group]
+    key = seed.to(device).index_select(0, i % n // group)
     index = i // n * group + i % group  # restarts in each group
     c, word = index // 4, index % 4
     zero = torch.zeros_like(c)
@@ -82,7 +82,7 @@ def formula(call: Call) -> tuple[Tensor | None, Tensor | None]:
         else:
             assert call.seed is not None  # prepare() drew one
             eps = noise(call.seed, shape, math.prod(spec.sample_shape)).to(mu.dtype)
-        z = (mu + sigma_of(x, spec.param, spec.min_std) * eps).to(dtype)
+        z = (mu + sigma_of(x, spec.param, spec.min_std) * eps).to(dtype).contiguous()
     if spec.kl:
         delta, d = mu, 2 * log_sigma(x, spec.param, spec.min_std)
         if call.mu_p is not None and call.x_p is not None:
@@ -92,7 +92,7 @@ def formula(call: Call) -> tuple[Tensor | None, Tensor | None]:
         kl = (delta**2 + torch.expm1(d) - d) / 2
         if spec.event_ndim:
             kl = kl.sum(dim=tuple(range(-spec.event_ndim, 0)))
-        kl = kl.to(accumulate_dtype(dtype))
+        kl = kl.to(accumulate_dtype(dtype)).contiguous()
     return z, kl
 
 

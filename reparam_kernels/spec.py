@@ -8,8 +8,6 @@ from torch import Tensor
 
 from . import checks
 
-CPU = torch.device("cpu")
-
 
 class Spec(NamedTuple):
     """What is asked of a call, besides its tensors."""
@@ -52,8 +50,8 @@ def expanded_prior(call: Call, shape: torch.Size) -> tuple[Tensor | None, Tensor
 
 
 def prior_gradient(like: Tensor | None, mu: Tensor) -> Tensor:
-    """An empty gradient to a prior in the shape of mu: in its dtype, or wide where it is yet to be summed."""
-    whole = like is not None and like.shape == mu.shape
+    """An empty gradient to a prior in the shape of mu: in its dtype, or wide if it is yet to be summed."""
+    whole = like is not None and like.shape == mu.shape and like.dtype == mu.dtype
     return mu.new_empty(mu.shape, dtype=mu.dtype if whole else accumulate_dtype(mu.dtype))
 
 
@@ -89,8 +87,6 @@ def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor
         return torch.randint(2**63 - 1, (1,), device=generator.device, generator=generator).to(device)
     if torch.compiler.is_compiling():  # by this signature torch.compile draws what eager draws
         return torch.randint(2**63 - 1, (1,), device=device, generator=None)
-    if device == CPU:  # spelling it out costs a microsecond
-        return torch.randint(2**63 - 1, (1,))
     return torch.randint(2**63 - 1, (1,), device=device)
 
 
@@ -107,13 +103,14 @@ def take_seed(
 
 
 def _promote(mu: Tensor, x: Tensor, eps: Any, prior: Any) -> tuple[Tensor, Tensor, Any, Any]:
-    """Inside autocast, mixed floats promote to the widest."""
+    """Inside autocast, mixed floats promote to the widest; a 0-dim prior is a number, which does not promote."""
     pair = list(prior) if isinstance(prior, (tuple, list)) else []
-    dtypes = {t.dtype for t in (mu, x, eps, *pair) if isinstance(t, Tensor) and t.dtype in checks.FLOATS}
+    promoting = [t for t in (mu, x, eps, *pair) if isinstance(t, Tensor) and (t.dim() > 0 or mu.dim() == 0)]
+    dtypes = {t.dtype for t in promoting if t.dtype in checks.FLOATS}
     if len(dtypes) < 2 or not torch.is_autocast_enabled(mu.device.type):
         return mu, x, eps, prior
     dtype = reduce(torch.promote_types, dtypes)
-    pair = [t.to(dtype) if isinstance(t, Tensor) else t for t in pair]
+    pair = [t.to(dtype) if isinstance(t, Tensor) and (t.dim() > 0 or mu.dim() == 0) else t for t in pair]
     return mu.to(dtype), x.to(dtype), eps.to(dtype) if isinstance(eps, Tensor) else eps, tuple(pair) if pair else prior
 
 
@@ -122,14 +119,27 @@ def _take_prior(where: str, prior: Any, mu: Tensor, shape: torch.Size) -> list[T
     out = []
     for name, value in zip(("mu_p", "second_p"), checks.prior_pair(where, prior), strict=True):
         if isinstance(value, Tensor):
+            value = _as_number(value, mu, shape)
             checks.floating(where, name, value)
-            checks.like_mu(where, name, value, mu, shape=False)
+            if value.dim() > 0 or len(shape) == 0:
+                checks.like_mu(where, name, value, mu, shape=False)
+            else:
+                checks.on_device_of_mu(where, name, value, mu)
             checks.expands(where, name, value, shape)
         else:
             number = checks.prior_number(where, name, value)
             value = torch.full((), number, dtype=accumulate_dtype(mu.dtype), device=mu.device)
         out.append(positive(value))
     return out
+
+
+def _as_number(t: Tensor, mu: Tensor, shape: torch.Size) -> Tensor:
+    """A 0-dim prior as torch's arithmetic takes it: from the CPU to any device, its dtype giving way to that of mu."""
+    if t.dim() > 0 or t.dtype == torch.bool or t.is_complex():
+        return t
+    if t.device != mu.device and t.device.type == "cpu":
+        t = t.to(mu.device)
+    return t.to(accumulate_dtype(mu.dtype)) if len(shape) > 0 and t.dtype != mu.dtype else t
 
 
 def positive(t: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Every test runs with Triton's interpreter, one torch thread, and outputs that hold NaN until a kernel writes them."""
 
 import os
+import sys
 
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import triton
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from reparam_kernels import _C, backends
 from tests.oracle import fma
@@ -77,3 +80,28 @@ def isa(request):
     _C.use(request.param)
     yield request.param
     _C.use(before)
+
+
+_device_constructors()  # cached by torch: from before `poisoned` replaces some of them
+
+
+class SaysWhere(TorchFunctionMode):
+    """Raises if this package makes a tensor without saying on which device: it would follow the default device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _device_constructors() and "device" not in kwargs and kwargs.get("out") is None:
+            frame = sys._getframe(1)
+            while frame.f_code.co_filename == __file__:  # `poisoned` wraps some of them
+                frame = frame.f_back
+            module = frame.f_globals.get("__name__", "")
+            if module.partition(".")[0] == "reparam_kernels":
+                raise AssertionError(f"{module}:{frame.f_lineno}: {func.__name__} must say on which device")
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def says_where():
+    """For the modules that test the ops: no tensor of the package's own is left to the default device."""
+    with SaysWhere():
+        yield

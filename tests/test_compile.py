@@ -74,6 +74,53 @@ def test_inductor_draws_what_eager_draws():
     assert_same(results(torch.compile(CASES["both"], fullgraph=True), leaves), results(CASES["both"], leaves))
 
 
+def other_of(mu, x, mu_p, x_p):
+    z, kl = rk.DiagonalGaussian(mu, x).rsample_kl(rk.DiagonalGaussian(mu_p, x_p), seed=7)
+    return z + kl.detach()[:, None, None, None]
+
+
+def kl_detached(mu, x, mu_p, x_p):
+    z, kl = rk.reparameterize_kl(mu, x, prior=(mu_p, x_p), seed=7)
+    return z + kl.detach()[:, None, None, None]
+
+
+def from_channels_last(mu, x, mu_p, x_p):
+    convolved = torch.nn.functional.conv2d(torch.cat([mu_p, x_p], 1), torch.ones(4, 4, 1, 1))
+    prior = convolved.to(memory_format=torch.channels_last).chunk(2, 1)
+    return rk.reparameterize_kl(mu, x, prior=prior, seed=7)[0]
+
+
+# Gradients that are zero for want of a path must have the layout that the fake promises, whatever the inputs' own is.
+UNUSED = {
+    "z alone": lambda mu, x, mu_p, x_p: rk.reparameterize_kl(mu, x, prior=(mu_p, x_p), seed=7)[0],
+    "kl detached": kl_detached,
+    "rsample_kl": other_of,
+    "channels_last": from_channels_last,
+    "kl alone": lambda mu, x, mu_p, x_p: rk.reparameterize_kl(mu, x, prior=(mu_p, x_p), seed=7)[1],
+}
+
+
+@pytest.mark.parametrize("op", UNUSED.values(), ids=UNUSED)
+def test_inductor_takes_inputs_of_any_layout(op):
+    leaves = [t.permute(3, 0, 2, 1)[:, :2].detach().requires_grad_() for t in inputs(4, 3, 2, 6) + inputs(4, 3, 2, 6)]
+
+    def run(f):
+        out = f(*leaves)
+        return out, *torch.autograd.grad(out.sum(), leaves, allow_unused=True, materialize_grads=True)
+
+    for got, want in zip(run(torch.compile(op, fullgraph=True)), run(op), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_inductor_around_a_transform_with_a_seed_for_each_item():
+    def gradient(m, v):
+        f = torch.func.grad(lambda m: rk.reparameterize(m, v, seed=torch.arange(4), sample_shape=(3,)).square().sum())
+        return f(m)
+
+    mu, x = (t.detach().t() for t in inputs(6, 4))
+    torch.testing.assert_close(torch.compile(gradient, fullgraph=True)(mu, x), gradient(mu, x))
+
+
 def test_a_new_seed_or_batch_does_not_recompile():
     count = CompileCounter()
     f = torch.compile(lambda m, v, s: rk.reparameterize_kl(m, v, seed=s), backend=count, fullgraph=True, dynamic=True)

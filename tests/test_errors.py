@@ -8,6 +8,8 @@ import torch
 import reparam_kernels as rk
 from reparam_kernels import _C
 
+pytestmark = pytest.mark.usefixtures("says_where")
+
 MU, X = torch.zeros(64, 32), torch.zeros(64, 32)
 ASK_SEED = "Pass an int in [0, 2**63), or an int64 tensor on mu's device."
 

@@ -17,6 +17,8 @@ from tests.cases import DTYPES, PARAMS
 from tests.conftest import forget, use_backend
 from tests.report import table
 
+pytestmark = pytest.mark.usefixtures("says_where")
+
 INF, NAN = math.inf, math.nan
 EPS = -0.5
 NAMES = ("z", "kl", "dz/dmu", "dz/dx", "dkl/dmu", "dkl/dx", "dkl/dmu_p", "dkl/dx_p")

@@ -8,6 +8,8 @@ import reparam_kernels as rk
 from examples.vae.model import VAE
 from tests.cases import PARAMS, UNIT, double, inputs, noise, truth
 
+pytestmark = pytest.mark.usefixtures("says_where")
+
 SEEDS = torch.tensor([3, 2**41, 9])
 OPTIONS = [
     {},

@@ -6,6 +6,8 @@ import torch
 import reparam_kernels as rk
 from tests.cases import assert_near, inputs, noise, truth
 
+pytestmark = pytest.mark.usefixtures("says_where")
+
 
 def strided(shape, kind, seed=0):
     """The same numbers as a contiguous tensor, laid out otherwise."""

@@ -8,6 +8,8 @@ import torch
 import reparam_kernels as rk
 from reparam_kernels import losses
 
+pytestmark = pytest.mark.usefixtures("says_where")
+
 MU = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 LOGVAR = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
 MU_P = torch.randn(4, generator=torch.Generator().manual_seed(2))

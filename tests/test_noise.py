@@ -12,6 +12,8 @@ from reparam_kernels import _C, reference
 from reparam_kernels.backends.kernels import normals
 from tests import oracle
 
+pytestmark = pytest.mark.usefixtures("says_where")
+
 # The known-answer vectors for philox4x32 with 10 rounds that come with Random123 (Salmon et al., kat_vectors).
 ONES = 0xFFFFFFFF
 KNOWN = [

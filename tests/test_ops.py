@@ -9,6 +9,8 @@ import reparam_kernels as rk
 from reparam_kernels import _C
 from tests.cases import DTYPES, EMPTY, PARAMS, SHAPES, assert_near, inputs, noise, truth
 
+pytestmark = pytest.mark.usefixtures("says_where")
+
 OPTIONS = [
     {},
     {"clamp": (-0.5, 0.75)},
@@ -149,6 +151,44 @@ def test_bits_do_not_depend_on_threads_or_runs(shape):
 
 
 # ---- accuracy of the KL: the contract's line, 1e-6 for each element and each row
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("prior_dtype", [*DTYPES, torch.int64], ids=str)
+def test_a_prior_without_dims_is_a_number(backend, dtype, prior_dtype):
+    """As in torch's arithmetic it does not promote; its gradient comes in its own dtype."""
+    mu, x = inputs((4, 5), dtype, "std", requires_grad=True)
+    prior = [torch.tensor(v).to(prior_dtype) for v in (1.0, 2.0)]
+    learned = [p.requires_grad_() for p in prior] if prior_dtype.is_floating_point else []
+    kl = rk.kl_divergence(mu, x, prior=tuple(prior), param="std")
+    assert torch.equal(kl, rk.kl_divergence(mu, x, prior=(1.0, 2.0), param="std"))
+    assert kl.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    wide = [t.detach().double().requires_grad_() for t in (mu, x, *prior)]
+    true = rk.reference.kl_divergence(*wide[:2], prior=tuple(wide[2:]), param="std")
+    got = torch.autograd.grad(kl.sum(), [mu, x, *learned])
+    for g, w, t in zip(got, torch.autograd.grad(true.sum(), wide), (mu, x, *learned), strict=False):
+        assert (g.dtype, g.shape) == (t.dtype, t.shape)
+        assert_near(g, w, rtol=2e-6)
+
+
+def test_a_prior_without_dims_does_not_promote_inside_autocast():
+    mu, x = inputs((4, 5), torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z, kl = rk.reparameterize_kl(mu, x, prior=(torch.tensor(0.0).double(), torch.tensor(0.0)), seed=7)
+    assert (z.dtype, kl.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("bad", [torch.tensor(True), torch.tensor(1j), torch.zeros(2, dtype=torch.int64)], ids=str)
+def test_a_prior_that_is_no_number_is_refused(bad):
+    mu, x = inputs((4, 2))
+    with pytest.raises(TypeError, match="mu_p must be float16, bfloat16, float32 or float64"):
+        rk.kl_divergence(mu, x, prior=(bad, 1.0))
+
+
+def test_two_tensors_without_dims_keep_the_rule_of_one_dtype():
+    mu, x = inputs(())
+    with pytest.raises(TypeError, match="mu_p must have the dtype of mu"):
+        rk.kl_divergence(mu, x, prior=(torch.tensor(0.0).double(), 1.0))
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e-3, 1e-2, 0.1, 1.0, 3.0, 10.0])

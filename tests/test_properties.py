@@ -19,6 +19,8 @@ from reparam_kernels.spec import accumulate_dtype
 from tests.cases import DTYPES, PARAMS, UNIT, noise
 from tests.conftest import forget, use_backend
 
+pytestmark = pytest.mark.usefixtures("says_where")
+
 DEPTH = int(os.environ.get("FUZZ_DEPTH", "1"))  # how many times as many examples; above 1, drawn from --hypothesis-seed
 QUIET = settings(
     deadline=None, derandomize=DEPTH == 1, print_blob=DEPTH > 1, database=None, suppress_health_check=list(HealthCheck)

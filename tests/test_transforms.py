@@ -7,6 +7,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 
 import reparam_kernels as rk
 
+pytestmark = pytest.mark.usefixtures("says_where")
+
 SEED = 7
 CASES = {
     "z": lambda mu, x: rk.reparameterize(mu, x, seed=SEED),

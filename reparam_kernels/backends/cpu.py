@@ -32,8 +32,13 @@ def randn(out: Tensor, seed: Tensor) -> None:
 
 
 def empty(like: Tensor) -> Tensor:
-    """Contiguous, unfilled; empty_like is the quicker call where it keeps to that."""
-    return torch.empty_like(like) if like.is_contiguous() else like.new_empty(like.shape)
+    """Contiguous, unfilled."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def empty_kl(mu: Tensor, event_ndim: int) -> Tensor:
+    shape, dtype = mu.shape[: mu.dim() - event_ndim], accumulate_dtype(mu.dtype)
+    return mu.new_empty(shape) if mu.dtype is dtype else mu.new_empty(shape, dtype=dtype)  # the keyword costs a us
 
 
 def forward(call: Call) -> tuple[Tensor | None, Tensor | None]:
@@ -44,7 +49,7 @@ def forward(call: Call) -> tuple[Tensor | None, Tensor | None]:
     if spec.z:
         z = mu.new_empty(spec.sample_shape + mu.shape) if spec.sample_shape else empty(mu)
     if spec.kl:
-        kl = torch.empty(mu.shape[: mu.dim() - spec.event_ndim], dtype=accumulate_dtype(mu.dtype))
+        kl = empty_kl(mu, spec.event_ndim)
     _C.forward(
         _options(spec.param, spec.min_std, spec.clamp), mu, x, mu_p, x_p, call.seed, call.eps, z, kl,
         torch.get_num_threads(),

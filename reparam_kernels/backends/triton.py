@@ -216,7 +216,7 @@ def vector(layout: Layout, also: Sequence[Tensor | None], apart: int, itemsize: 
 def constants(spec: Spec, dtype: torch.dtype) -> dict[str, Any]:
     """The options as compile-time constants; softplus(unit) + min_std = 1, unit in two parts of the dtype."""
     unit = math.log(math.expm1(1 - spec.min_std)) if spec.min_std < 1 else -math.inf
-    high = torch.tensor(unit, dtype=accumulate_dtype(dtype)).item()
+    high = torch.tensor(unit, dtype=accumulate_dtype(dtype), device="cpu").item()
     low, top = spec.clamp or (0.0, 0.0)
     return {
         "PARAM": PARAMS.index(spec.param),
