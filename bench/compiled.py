@@ -70,9 +70,9 @@ def compiling(target: str) -> Iterator[list[Launch]]:
         code = run(self, *args, grid=grid, warmup=True, **constants)
         launches.append(Launch(self.__name__, target, grid, args, constants, code))
 
-    before = launcher.kind, backends.name_of, backends.FORCED
+    before = launcher.compiler, backends.name_of, backends.FORCED
     JITFunction.run = record
-    launcher.kind = lambda: TARGETS[target].backend
+    launcher.compiler = lambda: TARGETS[target].backend
     backends.name_of = lambda device_type: "triton"
     backends.of.cache_clear()
     driver.set_active(Stub(target))
@@ -80,7 +80,7 @@ def compiling(target: str) -> Iterator[list[Launch]]:
         yield launches
     finally:
         JITFunction.run = run
-        launcher.kind, backends.name_of, backends.FORCED = before
+        launcher.compiler, backends.name_of, backends.FORCED = before
         backends.of.cache_clear()
 
 
@@ -200,7 +200,7 @@ def width(op: str) -> int:
     return {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}[found[1]] if found else 32
 
 
-# The one approximation: the seed of the square root, which two corrections round as sqrt.rn does (kernels.root).
+# The one approximation: the seed of the square root, which two corrections round as sqrt.rn does (sqrt_rn in gpu/philox.py).
 ROOT = r"rsqrt\.approx\.ftz\.f32"
 
 

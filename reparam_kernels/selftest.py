@@ -85,14 +85,13 @@ def inputs(shape: tuple[int, ...], param: str = "logvar", seed: int = 0) -> list
 def words(device: torch.device) -> Iterator[str]:
     """Philox's words are the published ones."""
     if rk.backend_for(torch.empty(0, device=device)) == "triton":
-        from .backends import kernels
-        from .backends.triton import on
+        from .backends.triton import kernels, launch
 
         def made(seed: int, first: int, count: int) -> Tensor:
             out = torch.empty(count, 4, dtype=torch.int64, device=device)
             at = torch.tensor([seed, first], device=device)
-            with on(out.device):
-                kernels.words_kernel[((count + 255) // 256,)](out, at, count, BLOCK=256, enable_fp_fusion=False)
+            grid, constants = ((count + 255) // 256,), {"BLOCK": 256, "enable_fp_fusion": False}
+            launch(kernels.words_kernel, grid, out.device, out, at, count, **constants)
             return out.cpu()
     else:
         from . import _C
@@ -116,14 +115,11 @@ def words(device: torch.device) -> Iterator[str]:
 
 def sqrt_of(x: Tensor) -> Tensor:
     """The square roots that the Triton kernels take."""
-    from .backends import kernels
-    from .backends.triton import kind, on
+    from .backends.triton import compiler, kernels, launch
 
     out = torch.empty_like(x)
-    with on(x.device):
-        kernels.roots_kernel[((x.numel() + 255) // 256,)](
-            out, x, x.numel(), NVIDIA=kind() == "cuda", BLOCK=256, enable_fp_fusion=False
-        )
+    grid, constants = ((x.numel() + 255) // 256,), {"BLOCK": 256, "enable_fp_fusion": False}
+    launch(kernels.sqrt_kernel, grid, x.device, out, x, x.numel(), INLINE_PTX=compiler() == "cuda", **constants)
     return out
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 import reparam_kernels as rk
-from reparam_kernels.backends.kernels import root
+from reparam_kernels.gpu.philox import sqrt_rn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -97,14 +97,15 @@ def counts(variants: Iterator[Variant], target: str) -> list[dict]:
             v.call()
         for launch in launches:
             c = census(launch, v.elements)
-            found.append({"variant": v.name, "vector": launch.constants.get("VEC"), **c._asdict()})
+            vec = getattr(launch.constants.get("TILING"), "VEC", None)
+            found.append({"variant": v.name, "vector": vec, **c._asdict()})
     return found
 
 
 @triton.jit
 def root_kernel(x_ptr, y_ptr, INLINE: tl.constexpr):
     i = tl.arange(0, 128)
-    tl.store(y_ptr + i, root(tl.load(x_ptr + i), INLINE))
+    tl.store(y_ptr + i, sqrt_rn(tl.load(x_ptr + i), INLINE))
 
 
 def formula(lines) -> str:

@@ -9,7 +9,7 @@ from scipy import stats
 
 import reparam_kernels as rk
 from reparam_kernels import _C, reference
-from reparam_kernels.backends.kernels import normals
+from reparam_kernels.gpu.philox import normals
 from tests import oracle
 
 pytestmark = pytest.mark.usefixtures("says_where")

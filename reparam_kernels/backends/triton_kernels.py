@@ -1,0 +1,189 @@
+"""The Triton kernels of the latent layer: randn, forward, backward, and the sum of a row's parts.
+
+A pointer or operand that is None is absent, or not wanted.
+"""
+
+import triton
+import triton.language as tl
+
+from ..gpu.elementary import fma
+from ..gpu.gaussian import Latent, clamp, element, in_bounds
+from ..gpu.philox import low_high, philox4x32_10, sqrt_rn
+from ..gpu.tiles import (
+    Operand,
+    broadcast_packed_rows,
+    contiguous_pointers,
+    divmod_rows,
+    elements_left,
+    load,
+    noise,
+    pointers,
+    store,
+    sum_packed_rows,
+    make_tile,
+)
+
+
+@triton.jit(do_not_specialize=["rows", "total"])
+def randn_kernel(out_ptr, seed_ptr, rows, total, shape, TILING: tl.constexpr):
+    tile = make_tile(rows, total, shape, TILING)
+    eps = noise(seed_ptr, None, tile.first_col * 0, tile, total, shape, False, TILING)
+    store(contiguous_pointers(out_ptr, tile, shape, TILING), eps, tile.mask)
+
+
+@triton.jit
+def load_latent(mu, x, mu_p, x_p, tile, shape, OPTIONS: tl.constexpr, TILING: tl.constexpr):
+    """The inputs of a tile, clamped if asked. Without a prior, mu_p and x_p are placeholders."""
+    mu_value = load(pointers(mu, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
+    raw_x = load(pointers(x, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
+    x_value = raw_x
+    if OPTIONS.CLAMP:
+        x_value = clamp(raw_x, OPTIONS)
+    if mu_p is None:
+        return Latent(mu_value, raw_x, x_value, mu_value, x_value)
+    elif OPTIONS.SCALAR_PRIOR:
+        mu_p_value = load(mu_p.ptr, None, OPTIONS.FLOAT64)
+        return Latent(mu_value, raw_x, x_value, mu_p_value, load(x_p.ptr, None, OPTIONS.FLOAT64))
+    else:
+        mu_p_value = load(pointers(mu_p, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
+        x_p_value = load(pointers(x_p, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
+        return Latent(mu_value, raw_x, x_value, mu_p_value, x_p_value)
+
+
+@triton.jit(do_not_specialize=["rows", "total"])
+def forward_kernel(
+    mu,  # operands
+    x,
+    mu_p,
+    x_p,
+    seed_ptr,  # int64 [rows / rows_per_seed]
+    eps_ptr,  # the caller's noise, [samples, rows, cols]
+    z_ptr,  # [samples, rows, cols]
+    kl_ptr,  # [rows, cols] if elementwise, else a sum for each row and chunk [rows, chunks], or for each packed row
+    rows,
+    total,
+    shape,
+    OPTIONS: tl.constexpr,
+    TILING: tl.constexpr,
+):
+    tile = make_tile(rows, total, shape, TILING)
+    latent = load_latent(mu, x, mu_p, x_p, tile, shape, OPTIONS, TILING)
+    e = element(latent, OPTIONS, mu_p is not None)
+    if kl_ptr is not None:
+        if OPTIONS.ELEMENTWISE_KL:
+            store(contiguous_pointers(kl_ptr, tile, shape, TILING), 0.5 * e.kl2, tile.mask)
+        elif TILING.ROW_LEN:
+            sums = 0.5 * sum_packed_rows(e.kl2, TILING)
+            i = tl.arange(0, sums.shape[0])
+            packed_rows = elements_left(tile, total, shape) // TILING.ROW_LEN
+            tl.store(kl_ptr + tile.first_row * TILING.PACKED_ROWS + i, sums, mask=i < packed_rows)
+        else:
+            kl2 = e.kl2
+            if not TILING.EVEN:
+                kl2 = tl.where(tile.mask, kl2, 0.0)
+            part = 0.5 * tl.sum(kl2, axis=1)[:, None]
+            tl.store(kl_ptr + (tile.first_row + tile.row) * shape.chunks + tile.chunk, part, mask=tile.row_mask)
+    if z_ptr is not None:
+        for i in range(shape.samples):
+            sample = tile.first_col * 0 + i  # 64-bit
+            eps = noise(seed_ptr, eps_ptr, sample, tile, total, shape, OPTIONS.FLOAT64, TILING)
+            z = fma(e.sigma, eps, latent.mu)
+            sample_ptr = z_ptr + tl.multiple_of(sample * total, TILING.VEC)
+            store(contiguous_pointers(sample_ptr, tile, shape, TILING), z, tile.mask)
+
+
+@triton.jit(do_not_specialize=["rows", "total"])
+def backward_kernel(
+    mu,  # operands and noise as in forward
+    x,
+    mu_p,
+    x_p,
+    seed_ptr,
+    eps_ptr,
+    dz,  # operand, one for each sample
+    dz_sample_stride,
+    dkl_ptr,  # [rows, cols] if elementwise, else one for every rows_per_kl rows, or for each packed row
+    dmu_ptr,
+    dx_ptr,
+    grad_strides,  # of dmu and dx alike, so that their addresses are computed once
+    dmu_p_ptr,  # [rows, cols]
+    dx_p_ptr,
+    rows,
+    total,
+    shape,
+    OPTIONS: tl.constexpr,
+    TILING: tl.constexpr,
+):
+    tile = make_tile(rows, total, shape, TILING)
+    latent = load_latent(mu, x, mu_p, x_p, tile, shape, OPTIONS, TILING)
+    e = element(latent, OPTIONS, mu_p is not None)
+    # the sums over the samples of dz and of dz * eps; they start at -0, which changes no bit of the first term
+    dmu = tl.full(latent.mu.shape, -0.0, latent.mu.dtype)
+    dsigma = dmu
+    if dz is not None:
+        for i in range(shape.samples):
+            sample = tile.first_col * 0 + i  # 64-bit
+            sample_ptr = dz.ptr + tl.multiple_of(sample * dz_sample_stride, TILING.VEC)
+            of_sample = Operand(sample_ptr, dz.outer_stride, dz.row_stride, dz.col_stride)
+            dz_value = load(pointers(of_sample, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
+            eps = noise(seed_ptr, eps_ptr, sample, tile, total, shape, OPTIONS.FLOAT64, TILING)
+            dmu += dz_value
+            dsigma = fma(dz_value, eps, dsigma)
+    dx = dsigma * e.dsigma_dx
+    if dkl_ptr is not None:
+        if OPTIONS.ELEMENTWISE_KL:
+            dkl = load(contiguous_pointers(dkl_ptr, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
+        elif TILING.ROW_LEN:
+            first = dkl_ptr + tile.first_row * TILING.PACKED_ROWS
+            dkl = broadcast_packed_rows(first, elements_left(tile, total, shape), TILING)
+        else:
+            kl_row, _ = divmod_rows(tile.first_row + tile.row, shape.rows_per_kl, TILING)
+            dkl = tl.load(dkl_ptr + kl_row, mask=tile.row_mask)
+        if dmu_p_ptr is not None:
+            store(contiguous_pointers(dmu_p_ptr, tile, shape, TILING), -(dkl * e.dkl_dmu), tile.mask)
+        if dx_p_ptr is not None:
+            store(contiguous_pointers(dx_p_ptr, tile, shape, TILING), dkl * e.dkl_dxp, tile.mask)
+        dmu = fma(tl.broadcast_to(dkl, dmu.shape), e.dkl_dmu, dmu)
+        if dz is not None:
+            dx = fma(dsigma, e.dsigma_dx, dkl * e.dkl_dx)
+        else:
+            dx = dkl * e.dkl_dx
+    if OPTIONS.CLAMP:
+        dx = tl.where(in_bounds(latent.raw_x, OPTIONS), dx, 0.0)
+    if dmu_ptr is not None:
+        to = Operand(dmu_ptr, grad_strides.outer_stride, grad_strides.row_stride, 1)
+        store(pointers(to, tile, shape, TILING), dmu, tile.mask)
+    if dx_ptr is not None:
+        to = Operand(dx_ptr, grad_strides.outer_stride, grad_strides.row_stride, 1)
+        store(pointers(to, tile, shape, TILING), dx, tile.mask)
+
+
+@triton.jit
+def row_sum_kernel(part_ptr, kl_ptr, parts, BLOCK: tl.constexpr):
+    """kl of one row from its parts, in an order that their number alone fixes."""
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, parts, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        total += tl.load(part_ptr + row * parts + i, mask=i < parts, other=0.0).to(tl.float64)
+    tl.store(kl_ptr + row, tl.sum(total).to(kl_ptr.dtype.element_ty))
+
+
+@triton.jit
+def words_kernel(out_ptr, at_ptr, count, BLOCK: tl.constexpr):
+    """The words [count, 4] of consecutive counters, from (seed, first counter): for the self-test."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    low, high = low_high(tl.load(at_ptr + 1) + i)
+    x0, x1, x2, x3 = philox4x32_10(tl.load(at_ptr), low, high)
+    tl.store(out_ptr + 4 * i, x0.to(tl.int64), mask=i < count)
+    tl.store(out_ptr + 4 * i + 1, x1.to(tl.int64), mask=i < count)
+    tl.store(out_ptr + 4 * i + 2, x2.to(tl.int64), mask=i < count)
+    tl.store(out_ptr + 4 * i + 3, x3.to(tl.int64), mask=i < count)
+
+
+@triton.jit
+def sqrt_kernel(out_ptr, x_ptr, count, INLINE_PTX: tl.constexpr, BLOCK: tl.constexpr):
+    """The square roots of x [count], as the noise takes them: for the self-test."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < count, other=1.0)
+    tl.store(out_ptr + i, sqrt_rn(x, INLINE_PTX), mask=i < count)

@@ -1,0 +1,188 @@
+"""One element of the latent layer: sigma, the KL and their derivatives, as csrc/math.h computes them.
+
+The posterior is N(mu, sigma^2), and sigma is a function of x that PARAM names. The prior is N(mu_p, sigma_p^2) with
+sigma_p the same function of x_p, or N(0, 1) if PRIOR is false; mu_p and x_p may then be anything.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .elementary import (
+    EXP_UNDERFLOW,
+    EXP_UNDERFLOW_64,
+    Softplus,
+    div,
+    exp_half,
+    expm1,
+    expm1_minus,
+    expm1_twice,
+    fma,
+    log,
+    log_ratio,
+    minus_log1p,
+    softplus,
+    softplus_difference,
+)
+
+LOGVAR, LOGSTD, STD, SOFTPLUS = (tl.constexpr(i) for i in range(4))  # PARAM, in the order of checks.PARAMS
+
+
+class Options(NamedTuple):
+    """What a call asks for, as compile-time constants."""
+
+    FLOAT64: bool  # the arithmetic is float64, not float32
+    PARAM: int
+    MIN_STD: float
+    UNIT_HI: float  # softplus(unit) + MIN_STD = 1: unit in two parts of the arithmetic's dtype, and the slope there
+    UNIT_LO: float
+    UNIT_SLOPE: float
+    CLAMP: bool
+    LOW: float
+    HIGH: float
+    SCALAR_PRIOR: bool  # mu_p and x_p are one number each
+    ELEMENTWISE_KL: bool
+
+
+class Latent(NamedTuple):
+    """The inputs of an element. x is clamped, raw_x is not."""
+
+    mu: Any
+    raw_x: Any
+    x: Any
+    mu_p: Any
+    x_p: Any
+
+
+class Element(NamedTuple):
+    """Of one element: sigma, twice its KL, and the derivatives of sigma and of the KL."""
+
+    sigma: Any
+    kl2: Any
+    dsigma_dx: Any
+    dkl_dx: Any
+    dkl_dmu: Any  # -dkl/dmu_p
+    dkl_dxp: Any
+
+
+class Ratio(NamedTuple):
+    """q = sigma / sigma_p, f = q - 1 and log q, each to full relative accuracy."""
+
+    f: Any
+    q: Any
+    log_q: Any
+
+
+@triton.jit
+def in_bounds(x, OPTIONS: tl.constexpr):
+    return (x >= tl.full((), OPTIONS.LOW, x.dtype)) & (x <= tl.full((), OPTIONS.HIGH, x.dtype))
+
+
+@triton.jit
+def clamp(x, OPTIONS: tl.constexpr):
+    low, high = tl.full((), OPTIONS.LOW, x.dtype), tl.full((), OPTIONS.HIGH, x.dtype)
+    return tl.where(x < low, low, tl.where(x > high, high, x))  # keeps NaN
+
+
+@triton.jit
+def from_log(scale: tl.constexpr, mu, lv, mu_p, lv_p, PRIOR: tl.constexpr):
+    """lv = 2 log sigma; scale is its derivative, halved."""
+    posterior = exp_half(lv)
+    e = posterior
+    d = lv
+    delta = mu
+    dkl_dmu = mu
+    if PRIOR:
+        FLOAT64: tl.constexpr = lv.dtype == tl.float64
+        LOW: tl.constexpr = -1400.0 if FLOAT64 else -170.0
+        HIGH: tl.constexpr = 1400.0 if FLOAT64 else 175.0
+        d = lv - lv_p
+        e = exp_half(d)
+        quarter = -0.5 * lv_p
+        root = exp_half(tl.where(quarter < LOW, LOW, tl.where(quarter > HIGH, HIGH, quarter))).sigma
+        delta = (mu - mu_p) * root * root  # root^2 is 1 / sigma_p, which as a number may be 0 or infinite
+        dkl_dmu = delta * root * root
+    em1 = expm1_twice(e)
+    k = expm1_minus(e, d)
+    if PRIOR and lv.dtype == tl.float32:
+        back = d - lv
+        rest = (lv - (d - back)) - (lv_p + back)  # d + rest is lv - lv_p exactly
+        finite = tl.abs(d) < 88.72  # beyond, em1 is infinite or -1, and rest may be NaN
+        k = tl.where(finite, tl.fma(em1, rest, k), k)
+        em1 = tl.where(finite, tl.fma(em1, rest, em1 + rest), em1)
+    kl2 = fma(delta, delta, k)
+    dkl_dxp = scale * fma(-delta, delta, -em1)
+    return Element(posterior.sigma, kl2, scale * posterior.sigma, scale * em1, dkl_dmu, dkl_dxp)
+
+
+@triton.jit
+def from_std(mu, s, mu_p, p, r, PRIOR: tl.constexpr):
+    """s and p: sigma, sigma_p and their slopes. A slope is divided by its sigma last, in case both are tiny."""
+    HUGE: tl.constexpr = 3.273390607896142e150 if mu.dtype == tl.float64 else 4.611686018427388e18
+    g = minus_log1p(r.f)
+    above = fma(r.f, r.f, g + g)
+    below = fma(r.log_q, -2.0, fma(r.q, r.q, -1.0))
+    k = tl.where(r.f < -0.6, below, tl.where(r.f < HUGE, above, r.f * r.f))  # keeps NaN
+    dkl_dx = div(s.slope * r.f, s.value) * (r.f + 2.0)
+    if PRIOR:
+        delta = div(mu - mu_p, p.value)
+        dkl_dmu = div(delta, p.value)
+        dkl_dxp = fma(-delta, div(p.slope * delta, p.value), -(div(p.slope * r.f, p.value) * (r.f + 2.0)))
+    else:
+        delta, dkl_dmu, dkl_dxp = mu, mu, mu
+    return Element(s.value, fma(delta, delta, k), s.slope, dkl_dx, dkl_dmu, dkl_dxp)
+
+
+@triton.jit
+def from_plain_std(mu, x, mu_p, x_p, PRIOR: tl.constexpr):
+    one = tl.zeros_like(x) + 1.0
+    s = Softplus(x, one)
+    if PRIOR:
+        q = div(x, x_p)
+        r = Ratio(div(x - x_p, x_p), q, log_ratio(x, x_p, q))
+        return from_std(mu, s, mu_p, Softplus(x_p, one), r, True)
+    else:
+        return from_std(mu, s, mu, s, Ratio(x - 1.0, x, log(x)), False)
+
+
+@triton.jit
+def from_softplus(mu, x, mu_p, x_p, OPTIONS: tl.constexpr, PRIOR: tl.constexpr):
+    FLOAT64: tl.constexpr = x.dtype == tl.float64
+    LAST: tl.constexpr = EXP_UNDERFLOW_64 if FLOAT64 else EXP_UNDERFLOW
+    IS_EXP: tl.constexpr = -37.0 if FLOAT64 else -17.0  # below, softplus is exp
+    s = softplus(x)
+    sigma = s.value + OPTIONS.MIN_STD
+    if PRIOR:
+        p = softplus(x_p)
+        sigma_p = p.value + OPTIONS.MIN_STD
+        q = div(sigma, sigma_p)
+        f = div(softplus_difference(x, s, x_p, 0.0, p), sigma_p)
+        log_q = log_ratio(sigma, sigma_p, q)
+    else:
+        p = Softplus(tl.full((), 1.0 - OPTIONS.MIN_STD, x.dtype), tl.full((), OPTIONS.UNIT_SLOPE, x.dtype))
+        sigma_p = sigma
+        q = sigma
+        f = softplus_difference(x, s, OPTIONS.UNIT_HI, OPTIONS.UNIT_LO, p)
+        log_q = log(sigma)
+    if OPTIONS.MIN_STD == 0.0:
+        log_q += tl.where(x < -LAST, x + LAST, 0.0)  # log sigma continues, though sigma stays
+        if PRIOR:
+            is_exp = tl.maximum(x, x_p) < IS_EXP
+            f = tl.where(is_exp, expm1(x - x_p), f)
+            q = tl.where(is_exp, f + 1.0, q)
+            log_q = tl.where(is_exp, x - x_p, log_q)
+    return from_std(mu, Softplus(sigma, s.slope), mu_p, Softplus(sigma_p, p.slope), Ratio(f, q, log_q), PRIOR)
+
+
+@triton.jit
+def element(latent, OPTIONS: tl.constexpr, PRIOR: tl.constexpr):
+    mu, x, mu_p, x_p = latent.mu, latent.x, latent.mu_p, latent.x_p
+    if OPTIONS.PARAM == STD:
+        return from_plain_std(mu, x, mu_p, x_p, PRIOR)
+    elif OPTIONS.PARAM == SOFTPLUS:
+        return from_softplus(mu, x, mu_p, x_p, OPTIONS, PRIOR)
+    elif OPTIONS.PARAM == LOGVAR:
+        return from_log(0.5, mu, x, mu_p, x_p, PRIOR)
+    else:
+        return from_log(1.0, mu, x + x, mu_p, x_p + x_p, PRIOR)

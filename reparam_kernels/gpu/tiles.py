@@ -1,0 +1,239 @@
+"""Tiles: which elements a program has, where they lie in memory, what their noise is.
+
+A kernel sees rows x cols elements and gives each program a tile of ROWS x BLOCK positions. Since one Philox counter
+makes four normals, a tile starts with a whole group of four: if the noise of a row starts inside a group, the first
+group_offset positions belong to the row before and are masked off.
+
+If every short row has a KL of its own, PACKED_ROWS rows of ROW_LEN columns form one row of the kernel.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .philox import normal_at, normals
+
+# NOISE, how eps is made: not at all; loaded from the caller's tensor; in groups of four that start with each row; in
+# groups that start before it; element by element, if the samples of a row start at different places of a group.
+NOISE_NONE, NOISE_FROM_TENSOR, NOISE_ALIGNED, NOISE_UNALIGNED, NOISE_PER_ELEMENT = (tl.constexpr(i) for i in range(5))
+# GRID, what a program's number means: a block of rows; a chunk of the only row; a block of rows and a chunk; the same
+# in a grid of two dimensions, if x cannot hold all programs.
+GRID_ROWS, GRID_CHUNKS, GRID_BOTH, GRID_2D = (tl.constexpr(i) for i in range(4))
+
+
+class Operand(NamedTuple):
+    """A tensor by rows. Row r starts at r // rows_per_outer * outer_stride + r % rows_per_outer * row_stride."""
+
+    ptr: Any
+    outer_stride: int
+    row_stride: int
+    col_stride: int
+
+
+class GradStrides(NamedTuple):
+    """The strides of rows, as of an Operand; columns are contiguous."""
+
+    outer_stride: int
+    row_stride: int
+
+
+class Shape(NamedTuple):
+    """The sizes of a launch that do not grow with the batch."""
+
+    cols: int
+    chunks: int  # programs to a row
+    samples: int
+    rows_per_seed: int
+    rows_per_kl: int
+    rows_per_outer: int
+
+
+class Tiling(NamedTuple):
+    """How a launch is cut into tiles, and what the launcher has proved of it; compile-time constants."""
+
+    ROWS: int
+    BLOCK: int
+    GRID: int
+    VEC: int  # rows start and end at multiples of so many elements, in memory too
+    EVEN: bool  # every position holds an element
+    OFFSET_32BIT: bool  # offsets within a tile fit 32 bits
+    COUNTER_32BIT: bool  # each seed has fewer than 2^34 elements
+    NOISE: int
+    PER_ITEM_SEED: bool
+    INLINE_PTX: bool  # the compiler takes NVIDIA's assembly
+    HAS_OUTER_STRIDE: bool  # rows_per_outer > 1
+    ROW_LEN: int  # 0: rows are not packed
+    PACKED_ROWS: int
+    PACKED_STRIDED: bool  # packed rows are outer_stride apart, not contiguous
+
+
+class Tile(NamedTuple):
+    """A program's elements. The scalars are 64-bit; row and col count from them, in 32 bits if OFFSET_32BIT."""
+
+    first_row: Any
+    chunk: Any
+    first_col: Any
+    row: Any  # [ROWS, 1]
+    col: Any  # [1, BLOCK] or [ROWS, BLOCK]
+    group_offset: Any
+    mask: Any  # [ROWS, BLOCK]
+    row_mask: Any  # [ROWS, 1]
+
+
+@triton.jit
+def locate(rows, chunks, TILING: tl.constexpr):
+    """A program's first row, its chunk of the columns, and the chunk's first column."""
+    pid = tl.program_id(0)
+    if TILING.GRID == GRID_ROWS:
+        block, chunk = pid, 0 * pid
+    elif TILING.GRID == GRID_CHUNKS:
+        block, chunk = 0 * pid, pid
+    elif TILING.GRID == GRID_BOTH:
+        block, chunk = pid // chunks, pid % chunks
+    else:
+        pid = pid.to(tl.int64) + tl.program_id(1).to(tl.int64) * tl.num_programs(0)
+        blocks = (rows + TILING.ROWS - 1).to(tl.int64) // TILING.ROWS
+        pid = tl.minimum(pid, blocks * chunks - 1)  # such a grid has a few programs too many
+        block, chunk = pid // chunks, pid % chunks
+    return block.to(tl.int64) * TILING.ROWS, chunk.to(tl.int64), chunk.to(tl.int64) * TILING.BLOCK
+
+
+@triton.jit
+def divmod_rows(row, size, TILING: tl.constexpr):
+    """row // size and row % size, in 32 bits if they fit, because 64-bit division is a subroutine."""
+    if TILING.OFFSET_32BIT:
+        row = row.to(tl.int32)
+    return (row // size).to(tl.int64), (row % size).to(tl.int64)
+
+
+@triton.jit
+def seed_of(row, shape, TILING: tl.constexpr):
+    """Which seed a row has, and its number among the rows of that seed."""
+    if TILING.PER_ITEM_SEED:
+        return divmod_rows(row, shape.rows_per_seed, TILING)
+    else:
+        return 0, row
+
+
+@triton.jit
+def make_tile(rows, total, shape, TILING: tl.constexpr):
+    """The tile of this program."""
+    first_row, chunk, first_col = locate(rows, shape.chunks, TILING)
+    row = tl.arange(0, TILING.ROWS)[:, None]
+    if not TILING.OFFSET_32BIT:
+        row = row.to(tl.int64)
+    group_offset = 0
+    if TILING.NOISE == NOISE_UNALIGNED:
+        _, row_of_seed = seed_of(first_row + row, shape, TILING)
+        group_offset = (row_of_seed * shape.cols % 4).to(tl.int32)
+    col = tl.arange(0, TILING.BLOCK)[None, :] - group_offset
+    if TILING.EVEN:
+        mask = tl.full([TILING.ROWS, TILING.BLOCK], True, tl.int1)  # the compiler drops it
+        row_mask = tl.full([TILING.ROWS, 1], True, tl.int1)
+    else:
+        left = tl.minimum(shape.cols - first_col, TILING.BLOCK)
+        if TILING.ROW_LEN:
+            left = tl.minimum(left, total - first_row * shape.cols)
+        row_mask = row < tl.minimum(rows - first_row, TILING.BLOCK * 4096).to(tl.int32)
+        mask = (col < tl.multiple_of(left.to(tl.int32), TILING.VEC)) & row_mask
+        if TILING.NOISE == NOISE_UNALIGNED:
+            mask &= col + tl.minimum(first_col, TILING.BLOCK).to(tl.int32) >= 0
+    if not TILING.OFFSET_32BIT:
+        col = col.to(tl.int64)
+    return Tile(first_row, chunk, first_col, row, col, group_offset, mask, row_mask)
+
+
+@triton.jit
+def row_pointers(ptr, row_stride, col_stride, gap, tile, TILING: tl.constexpr):
+    """A 64-bit base and offsets within the tile. gap: what lies between one packed row and the next."""
+    offset = tl.multiple_of(tile.row * row_stride, [TILING.VEC, TILING.VEC]) + tile.col * col_stride
+    if TILING.PACKED_STRIDED and gap is not None:
+        offset += tile.col // TILING.ROW_LEN * tl.multiple_of(gap, TILING.VEC)
+    SIZE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+    base = ptr + tl.multiple_of(tile.first_row * row_stride + tile.first_col * col_stride, TILING.VEC)
+    return tl.multiple_of(base, min(TILING.VEC * SIZE, 16)) + offset
+
+
+@triton.jit
+def pointers(o, tile, shape, TILING: tl.constexpr):
+    """Pointers to a tile's elements of an operand."""
+    if TILING.HAS_OUTER_STRIDE:
+        a, b = divmod_rows(tile.first_row + tile.row, shape.rows_per_outer, TILING)
+        offset = a * o.outer_stride + b * o.row_stride + tile.first_col * o.col_stride
+        return o.ptr + tl.multiple_of(offset, [TILING.VEC, TILING.VEC]) + tile.col * o.col_stride
+    else:
+        gap = o.outer_stride - TILING.ROW_LEN * o.col_stride
+        return row_pointers(o.ptr, o.row_stride, o.col_stride, gap, tile, TILING)
+
+
+@triton.jit
+def contiguous_pointers(ptr, tile, shape, TILING: tl.constexpr):
+    """Pointers to a tile's elements of a contiguous tensor [rows, cols]."""
+    return row_pointers(ptr, shape.cols, 1, None, tile, TILING)
+
+
+@triton.jit
+def load(ptr, mask, FLOAT64: tl.constexpr):
+    """Elements in the dtype of the arithmetic; masked-off positions are undefined."""
+    value = tl.load(ptr, mask=mask)
+    return value.to(tl.float64) if FLOAT64 else value.to(tl.float32)
+
+
+@triton.jit
+def store(ptr, value, mask):
+    tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def noise(seed_ptr, eps_ptr, sample, tile, total, shape, FLOAT64: tl.constexpr, TILING: tl.constexpr):
+    """eps of one sample, a 64-bit number: the caller's, or made here."""
+    if TILING.NOISE == NOISE_FROM_TENSOR:
+        ptr = eps_ptr + tl.multiple_of(sample * total, TILING.VEC)
+        return load(contiguous_pointers(ptr, tile, shape, TILING), tile.mask, FLOAT64)
+    else:
+        item, row = seed_of(tile.first_row if TILING.ROWS == 1 else tile.first_row + tile.row, shape, TILING)
+        if TILING.PER_ITEM_SEED and TILING.ROWS > 1:
+            seed = tl.load(seed_ptr + item, mask=tile.row_mask)
+        else:
+            seed = tl.load(seed_ptr + item)
+        per_sample = shape.rows_per_seed * shape.cols if TILING.PER_ITEM_SEED else total
+        index = sample * per_sample + row * shape.cols + tile.first_col
+        if TILING.NOISE == NOISE_PER_ELEMENT:
+            eps = normal_at(seed, index + tile.col, TILING.INLINE_PTX)
+        else:
+            counter = (index - tile.group_offset) >> 2
+            eps = normals(seed, counter, TILING.ROWS, TILING.BLOCK, TILING.COUNTER_32BIT, TILING.INLINE_PTX)
+        return eps.to(tl.float64) if FLOAT64 else eps
+
+
+@triton.jit
+def sum_packed_rows(k, TILING: tl.constexpr):
+    """The sum of each packed row in a tile of one row, padded to a power of two of sums."""
+    UNIT: tl.constexpr = 4 if TILING.ROW_LEN % 4 == 0 else 2 if TILING.ROW_LEN % 2 == 0 else 1
+    N: tl.constexpr = TILING.ROW_LEN // UNIT
+    WIDTH: tl.constexpr = triton.next_power_of_2(N)
+    COUNT: tl.constexpr = triton.next_power_of_2(TILING.PACKED_ROWS)
+    units = tl.sum(tl.reshape(k, [TILING.BLOCK // UNIT, UNIT]), axis=1)
+    if N == WIDTH:
+        return tl.sum(tl.reshape(units, [TILING.BLOCK // TILING.ROW_LEN, N]), axis=1)
+    else:
+        i = tl.arange(0, COUNT * WIDTH)
+        row, col = i // WIDTH, i % WIDTH
+        gathered = tl.gather(units, tl.minimum(row * N + col, TILING.BLOCK // UNIT - 1), 0)
+        return tl.sum(tl.reshape(tl.where(col < N, gathered, 0.0), [COUNT, WIDTH]), axis=1)
+
+
+@triton.jit
+def elements_left(tile, total, shape):
+    """How many elements the tile's row still holds."""
+    return tl.minimum(shape.cols, total - tile.first_row * shape.cols).to(tl.int32)
+
+
+@triton.jit
+def broadcast_packed_rows(ptr, size, TILING: tl.constexpr):
+    """The value of each packed row at all of its `size` elements, as [1, BLOCK]."""
+    UNIT: tl.constexpr = TILING.VEC if TILING.ROW_LEN % TILING.VEC == 0 else 1
+    first = tl.arange(0, TILING.BLOCK // UNIT) * UNIT
+    value = tl.load(ptr + first // TILING.ROW_LEN, mask=first < size)
+    return tl.reshape(tl.broadcast_to(value[:, None], [TILING.BLOCK // UNIT, UNIT]), [1, TILING.BLOCK])
