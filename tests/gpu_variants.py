@@ -16,6 +16,7 @@ import triton.language as tl
 
 import reparam_kernels as rk
 from reparam_kernels.gpu.philox import sqrt_rn
+from tests.launches import constants_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -97,8 +98,8 @@ def counts(variants: Iterator[Variant], target: str) -> list[dict]:
             v.call()
         for launch in launches:
             c = census(launch, v.elements)
-            vec = getattr(launch.constants.get("TILING"), "VEC", None)
-            found.append({"variant": v.name, "vector": vec, **c._asdict()})
+            vector = constants_of(launch.constants).get("VEC")
+            found.append({"variant": v.name, "vector": vector, **c._asdict()})
     return found
 
 

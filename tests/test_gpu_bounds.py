@@ -1,6 +1,6 @@
 """Every address of every access lies in its buffer, and every output element is written exactly once.
 
-The interpreter's loads and stores are watched: each active lane's address must lie in one of the tensors that the call
+The interpreter's loads and stores are watched: each active position's address must lie in one of the tensors that the call
 owns, at an element of it; stores are counted. A wide margin of poison lies around every input, besides.
 """
 
@@ -13,8 +13,8 @@ import torch
 from triton.runtime import interpreter
 
 import reparam_kernels as rk
-from reparam_kernels.backends import triton as launcher
 from tests.conftest import forget, use_backend
+from tests.launches import planned
 
 MARGIN = 4096  # elements of poison on either side of an input
 
@@ -148,8 +148,8 @@ def test_no_rows_launch_nothing(watched):
 
 
 @pytest.mark.parametrize("shape", [(37, 20), (3, 2100), (5000,), (4, 3, 5)], ids=str)
-def test_a_folded_grid_computes_the_same(monkeypatch, shape):
-    """As where x cannot hold all programs, with a small limit."""
+def test_a_grid_of_two_dimensions_computes_the_same(monkeypatch, shape):
+    """Such a grid is used if x cannot hold all programs; here the limit is small."""
     use_backend(monkeypatch, "triton")
     mu, x = (fenced(shape, torch.float32, seed=i).requires_grad_() for i in range(2))
     seed = torch.arange(shape[0]) if len(shape) == 3 else torch.tensor([7])
@@ -159,9 +159,9 @@ def test_a_folded_grid_computes_the_same(monkeypatch, shape):
         return z, kl, *torch.autograd.grad((z, kl), (mu, x), (z.detach(), kl.detach()))
 
     plain = run()
-    monkeypatch.setattr(launcher, "LIMIT", 0)
-    monkeypatch.setattr(launcher, "FOLD", 4)
-    for got, want in zip(run(), plain, strict=True):
+    with planned(grid_limit=0, grid_2d_width=4):
+        two_dims = run()
+    for got, want in zip(two_dims, plain, strict=True):
         assert torch.equal(got, want)
     forget()
 

@@ -1,10 +1,5 @@
-"""The launcher with kernels that only record: grids, pointers, strides and constants, for tensors no memory holds.
+"""The launches of a call, recorded: grids, pointers, strides and constants, for tensors that no memory holds."""
 
-Meta tensors have shapes and strides and no storage, so 2^45 elements cost nothing.
-"""
-
-import contextlib
-import inspect
 import math
 
 import pytest
@@ -12,45 +7,27 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from reparam_kernels.backends import kernels
 from reparam_kernels.backends import triton as launcher
+from reparam_kernels.gpu import plan as planner
+from reparam_kernels.gpu import tiles
 from reparam_kernels.spec import prepare
-
-
-class Recorder:
-    """Stands for a kernel: keeps the grid and the arguments by name."""
-
-    def __init__(self, kernel):
-        self.names = list(inspect.signature(kernel.fn).parameters)
-        self.launches = []
-
-    def __getitem__(self, grid):
-        def launch(*args, **constants):
-            self.launches.append((grid, {**dict(zip(self.names, args, strict=False)), **constants}))
-
-        return launch
-
-
-@pytest.fixture
-def recorded(monkeypatch):
-    found = {}
-    for name in ("randn_kernel", "forward_kernel", "backward_kernel", "row_sum_kernel"):
-        found[name] = Recorder(getattr(kernels, name))
-        monkeypatch.setattr(launcher.kernels, name, found[name])
-    monkeypatch.setattr(launcher, "on", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(launcher, "kind", lambda: "cuda")
-    return found
+from tests.launches import recording
 
 
 def meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def forward(recorded, mu, x, **options):
+def forward(mu, x, **options):
+    """The call, its outputs and its launches."""
     call = prepare("test", mu, x, z=True, kl=True, seed=options.pop("seed", 3), **options)
-    z, kl = launcher.forward(call)
-    (launch,) = recorded["forward_kernel"].launches
-    return call, z, kl, *launch
+    with recording() as launches:
+        z, kl = launcher.forward(call)
+    return call, z, kl, launches
+
+
+def constants(mu, x, **options):
+    return forward(mu, x, **options)[-1][0].constants
 
 
 SHAPES = [(1,), (3, 5), (1, 20), (128, 20), (7, 127), (4096, 128), (5, 1000), (3, 4097), (65537, 3), (2**31 + 8,)]
@@ -59,106 +36,112 @@ SHAPES += [(2**16, 2**16), (3, 2**31 + 1), (2**33, 3), (2**20, 20, 16), (2**34 +
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_grid_covers_every_element_within_the_limits(recorded, shape, dtype):
+def test_the_grid_covers_every_element_within_the_limits(shape, dtype):
     mu = meta(*shape, dtype=dtype)
-    _, z, kl, grid, args = forward(recorded, mu, mu)
+    _, z, kl, (launch, *sums) = forward(mu, mu)
     n = math.prod(shape)
+    grid, how, sizes = launch.grid, launch.constants, launch.arguments["shape"]
+    rows = launch.arguments["rows"]
     programs = math.prod(grid)
     assert grid[0] < 2**31
     assert all(size <= 65535 for size in grid[1:])
-    assert args["rows"] * args["cols"] >= n > (args["rows"] - 1) * args["cols"]
-    assert args["total"] == n
-    blocks = -(-args["rows"] // args["ROWS"])
-    assert programs >= blocks * args["chunks"]
-    assert args["chunks"] * args["BLOCK"] >= args["cols"]
-    assert math.log2(args["ROWS"] * args["BLOCK"]) % 1 == 0
-    assert args["num_warps"] in (1, 2, 4)
-    assert args["enable_fp_fusion"] is False
-    folded = args["GRID"] == kernels.FOLDED.value
-    assert folded == (blocks * args["chunks"] > 2**31 - 1)
-    lanes = programs * args["ROWS"] * args["BLOCK"]
-    if n > 10_000 and not folded and dtype != torch.float64:
-        assert lanes < 1.5 * n or 1024 < shape[-1] < 4100, "more than a third of the lanes idle"
-    assert args["NEAR"] == (n + 4 * args["BLOCK"] < 2**34)
+    assert rows * sizes.cols >= n > (rows - 1) * sizes.cols
+    assert launch.arguments["total"] == n
+    blocks = -(-rows // how["ROWS"])
+    assert programs >= blocks * sizes.chunks
+    assert sizes.chunks * how["BLOCK"] >= sizes.cols
+    assert math.log2(how["ROWS"] * how["BLOCK"]) % 1 == 0
+    assert how["num_warps"] in (1, 2, 4)
+    assert how["enable_fp_fusion"] is False
+    two_dims = how["GRID"] == tiles.GRID_2D.value
+    assert two_dims == (blocks * sizes.chunks > 2**31 - 1)
+    positions = programs * how["ROWS"] * how["BLOCK"]
+    if n > 10_000 and not two_dims and dtype != torch.float64:
+        assert positions < 1.5 * n or 1024 < shape[-1] < 4100, "more than a third of the positions idle"
+    assert how["COUNTER_32BIT"] == (n + 4 * how["BLOCK"] < 2**34)
     assert z.shape == shape
     assert kl.shape == (shape[:1] if len(shape) > 1 else ())
-    parts = recorded["row_sum_kernel"].launches
-    per_row = args["rows"] * args["chunks"] // kl.numel()
-    assert len(parts) == (not args["INNER"] and per_row > 1)
-    for (rows,), sums in parts:
-        assert rows == kl.numel()
-        assert sums["parts"] * rows == args["rows"] * args["chunks"] == sums["part_ptr"].numel()
+    per_row = rows * sizes.chunks // kl.numel()
+    assert len(sums) == (not how["ROW_LEN"] and per_row > 1)
+    for launch in sums:
+        assert launch.name == "row_sum_kernel"
+        assert launch.grid == (kl.numel(),)
+        parts = launch.arguments["part_ptr"]
+        assert launch.arguments["parts"] * kl.numel() == rows * sizes.chunks == parts.numel()
 
 
 @pytest.mark.parametrize("width", [4, 20, 127, 1000, 1029])
-def test_pointers_and_strides_lead_to_the_elements(recorded, width):
+def test_pointers_and_strides_lead_to_the_elements(width):
     """Kernel row r, column c is element r * cols + c: the pointer and the strides must find that element."""
     base = torch.arange(8 * 2 * width, dtype=torch.float32)
     mu, x = base.view(8, 2 * width).chunk(2, 1)
-    _, z, kl, _, args = forward(recorded, mu, x)
-    assert args["mu_ptr"].data_ptr() == mu.data_ptr()
-    assert args["x_ptr"].data_ptr() == x.data_ptr()
-    assert args["z_ptr"] is z
-    assert args["kl_ptr"] is kl
+    _, z, kl, (launch,) = forward(mu, x)
+    how, arguments = launch.constants, launch.arguments
+    assert arguments["z_ptr"] is z
+    assert arguments["kl_ptr"] is kl
     for name, tensor in (("mu", mu), ("x", x)):
+        operand = arguments[name]
+        assert operand.ptr.data_ptr() == tensor.data_ptr()
         flat = tensor.reshape(-1)
-        offset = tensor.storage_offset()
         for i in (0, 1, width - 1, width, 3 * width + 2, 8 * width - 1):
-            row, col = divmod(i, args["cols"])
-            at = row * args[f"{name}_step"] + col * args[f"{name}_col"]
-            if args["SKIP"]:
-                at += col // args["INNER"] * (args[f"{name}_outer"] - args["INNER"])
-            assert base[offset + at] == flat[i]
+            row, col = divmod(i, arguments["shape"].cols)
+            at = row * operand.row_stride + col * operand.col_stride
+            if how["PACKED_STRIDED"]:
+                at += col // how["ROW_LEN"] * (operand.outer_stride - how["ROW_LEN"])
+            assert base[tensor.storage_offset() + at] == flat[i]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("skew", range(8))
-def test_vectors_are_as_wide_as_the_worst_address_allows(recorded, skew, dtype):
+def test_vectors_are_as_wide_as_the_worst_address_allows(skew, dtype):
     size = dtype.itemsize
     base = torch.zeros(64 * 64 + 16, dtype=dtype)
     assert base.data_ptr() % 64 == 0
     mu, x = torch.zeros(64, 64, dtype=dtype), base[skew:][: 64 * 64].view(64, 64)
-    *_, args = forward(recorded, mu, x)
-    assert args["VEC"] == max(v for v in (1, 2, 4, 8) if v * size <= 16 and skew % v == 0)
+    assert constants(mu, x)["VEC"] == max(v for v in (1, 2, 4, 8) if v * size <= 16 and skew % v == 0)
 
 
-def test_vectors_need_widths_and_strides_too(recorded):
+def test_vectors_need_widths_and_strides_too():
     base = torch.zeros(64, 128)
     for width, pitch, vec in ((64, 64, 4), (20, 40, 4), (20, 41, 1), (22, 40, 2), (20, 42, 2)):
-        recorded["forward_kernel"].launches.clear()
         x = base.view(-1)[: 32 * pitch].as_strided((32, width), (pitch, 1))
-        *_, args = forward(recorded, torch.zeros(32, width), x)
-        assert args["VEC"] == vec, (width, pitch)
+        assert constants(torch.zeros(32, width), x)["VEC"] == vec, (width, pitch)
 
 
-def test_offsets_in_a_tile_are_64_bit_where_rows_lie_far_apart(recorded):
+def test_offsets_in_a_tile_are_64_bit_if_rows_lie_far_apart():
     near = torch.empty_strided((64, 4), (2**20, 1), device="meta")
     far = torch.empty_strided((64, 4), (2**30, 1), device="meta")
-    assert forward(recorded, near, near, seed=torch.zeros(64, dtype=torch.int64, device="meta"))[-1]["SHORT"]
-    recorded["forward_kernel"].launches.clear()
-    assert not forward(recorded, far, far, seed=torch.zeros(64, dtype=torch.int64, device="meta"))[-1]["SHORT"]
+    seed = torch.zeros(64, dtype=torch.int64, device="meta")
+    assert constants(near, near, seed=seed)["OFFSET_32BIT"]
+    assert not constants(far, far, seed=seed)["OFFSET_32BIT"]
 
 
-def test_backward_gets_what_forward_had(recorded):
+def test_backward_gets_what_forward_had():
     mu, x = torch.zeros(64, 20), torch.zeros(64, 20)
-    call, z, kl, grid, ahead = forward(recorded, mu, x)
-    dmu, dx, *_ = launcher.backward(call, torch.zeros_like(z), torch.zeros_like(kl), (True, True, False, False))
-    ((same, args),) = recorded["backward_kernel"].launches
-    assert same == grid
-    for name in ("mu_ptr", "x_ptr", "seed_ptr", "rows", "cols", "per_seed", "NOISE", "INNER", "ROWS", "BLOCK", "NEAR"):
-        assert args[name] is ahead[name] or args[name] == ahead[name], name
-    assert args["dmu_ptr"] is dmu
-    assert args["dx_ptr"] is dx
-    assert args["dmu_p_ptr"] is None
+    call, z, kl, (ahead,) = forward(mu, x)
+    with recording() as launches:
+        dmu, dx, *_ = launcher.backward(call, torch.zeros_like(z), torch.zeros_like(kl), (True, True, False, False))
+    (launch,) = launches
+    assert launch.grid == ahead.grid
+    assert launch.constants == ahead.constants
+    for name in ("mu", "x", "mu_p", "seed_ptr", "rows", "total", "shape"):
+        assert launch.arguments[name] is ahead.arguments[name] or launch.arguments[name] == ahead.arguments[name], name
+    assert launch.arguments["dmu_ptr"] is dmu
+    assert launch.arguments["dx_ptr"] is dx
+    assert launch.arguments["dmu_p_ptr"] is None
 
 
-def test_one_launch_a_call_and_two_where_rows_are_huge(recorded):
+def test_one_launch_a_call_and_two_if_rows_are_huge():
     for shape, sums in (((128, 20), 0), ((512, 2048), 0), ((4, 5000), 1)):
-        for recorder in recorded.values():
-            recorder.launches.clear()
-        mu = meta(*shape)
-        forward(recorded, mu, mu)
-        assert len(recorded["row_sum_kernel"].launches) == sums
+        names = [launch.name for launch in forward(meta(*shape), meta(*shape))[-1]]
+        assert names == ["forward_kernel"] + ["row_sum_kernel"] * sums
+
+
+def test_equal_keys_have_equal_plans_and_kernels():
+    """A plan depends on no tensor, seed or pointer beyond what its key holds."""
+    first, second = (forward(torch.randn(64, 20), torch.randn(64, 20), seed=i)[-1][0] for i in range(2))
+    assert first.compile_time == second.compile_time
+    assert hash(first.compile_time["TILING"]) == hash(second.compile_time["TILING"])
 
 
 SIZES = [1, 2, 3, 4, 5, 20, 127, 128, 1000, 1029, 4097, 2**16, 2**20, 2**31 - 1024, 2**31 - 1, 2**31, 2**33 + 4]
@@ -172,7 +155,7 @@ def plans(draw):
         size = draw(st.sampled_from(SIZES) | st.integers(1, 2**34))
         shape.append(size if size * math.prod(shape) <= 2**48 else 1)
 
-    def laid():
+    def strided():
         strides, step = [0] * len(shape), 1
         for i in draw(st.permutations(range(len(shape))) | st.just(range(len(shape))))[::-1]:
             strides[i] = step * draw(st.sampled_from([1, 1, 1, 0]))
@@ -181,12 +164,13 @@ def plans(draw):
         return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
 
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
-    mu, x = laid(), laid()
+    mu, x = strided(), strided()
     seeds = meta(shape[0], dtype=torch.int64) if draw(st.booleans()) else 3
     event, samples = draw(st.integers(0, len(shape))), draw(st.sampled_from([(), (2,), (3,), (2**12, 5)]))
     call = prepare("test", mu, x, z=True, kl=True, seed=seeds, sample_shape=samples, event_ndim=event)
     kls = math.prod(shape[: len(shape) - event]) if event else None
-    return call, kls, launcher.cut(call, mu, [mu, x], kls, True, [])
+    key = launcher.launch_key("forward", call, mu, [mu, x], [], kls, True)
+    return call, key, planner.plan_launch(key)
 
 
 def offset(t, element):
@@ -197,41 +181,42 @@ def offset(t, element):
     return at
 
 
-def check_lane(call, kls, found, block, chunk, r, p):
-    """One lane's arithmetic as `lanes` and `spot` of kernels.py do it, in whole numbers; within 32 bits where SHORT."""
-    layout, how = found.layout, found.constants
-    row, column = block * how["ROWS"] + r, chunk * how["BLOCK"] + p
-    n, element = layout.n, row * layout.cols + column
+def check_position(call, key, plan, block, chunk, r, p):
+    """One position's arithmetic as gpu/tiles.py does it, in whole numbers; within 32 bits if OFFSET_32BIT."""
+    layout, how = plan.layout, plan.tiling
+    row, column = block * how.ROWS + r, chunk * how.BLOCK + p
+    n, element = layout.numel, row * layout.cols + column
     if row >= layout.rows or column >= layout.cols or element >= n:
-        assert not how["WHOLE"]
+        assert not how.EVEN
         return
     small = [row, r * layout.cols + p]
-    for o in layout.operands:
-        if layout.nest > 1:
-            a, b = divmod(row, layout.nest)
-            base, tile = a * o.outer + b * o.step + chunk * how["BLOCK"] * o.col, [p * o.col]
+    for tensor, s in zip((call.mu, call.x), layout.strides, strict=True):
+        if layout.rows_per_outer > 1:
+            a, b = divmod(row, layout.rows_per_outer)
+            base, tile = a * s.outer + b * s.row + chunk * how.BLOCK * s.col, [p * s.col]
         else:
-            base, tile = block * how["ROWS"] * o.step + chunk * how["BLOCK"] * o.col, [r * o.step, p * o.col]
-            tile += [p // layout.inner * (o.outer - layout.inner * o.col)] if layout.skip else []
-        assert base + sum(tile) == offset(o.tensor, element)
+            base, tile = block * how.ROWS * s.row + chunk * how.BLOCK * s.col, [r * s.row, p * s.col]
+            tile += [p // layout.row_len * (s.outer - layout.row_len * s.col)] if layout.packed_strided else []
+        assert base + sum(tile) == (element if s.copied else offset(tensor, element))
         small += [*tile, sum(tile)]
-    assert not how["SHORT"] or all(abs(part) < 2**31 for part in small)
+    assert not how.OFFSET_32BIT or all(abs(part) < 2**31 for part in small)
     seeds, samples = call.seed.numel(), math.prod(call.spec.sample_shape)
     group = n // seeds
+    rows_per_seed = planner.run_time_numbers(key, plan).shape.rows_per_seed
     if seeds > 1:
-        assert row // found.per_seed == element // group
-    start = (row % found.per_seed if seeds > 1 else row) * layout.cols
+        assert row // rows_per_seed == element // group
+    start = (row % rows_per_seed if seeds > 1 else row) * layout.cols
     assert start == row * layout.cols - element // group * group
-    if how["NOISE"] == kernels.ALIGNED.value:
+    if how.NOISE == tiles.NOISE_ALIGNED.value:
         assert start % 4 == 0
         assert samples == 1 or group % 4 == 0
-    assert not how["NEAR"] or (samples - 1) * group + start + layout.cols < 2**34
-    if kls is not None and not layout.inner:
-        assert row * layout.cols // (n // kls) == element // (n // kls)
+    assert not how.COUNTER_32BIT or (samples - 1) * group + start + layout.cols < 2**34
+    if key.kl_numel is not None and not layout.row_len:
+        assert row * layout.cols // (n // key.kl_numel) == element // (n // key.kl_numel)
 
 
 def test_the_arithmetic_of_any_launch(record_property):
-    """Programs cover all rows and columns; a lane's address, seed and KL are its element's; what is proved is so."""
+    """Programs cover all rows and columns; a position's address, seed and KL are its element's; what is proved is so."""
     tried = 0
 
     @settings(max_examples=1000, derandomize=True, database=None, deadline=None, suppress_health_check=[*HealthCheck])
@@ -239,19 +224,20 @@ def test_the_arithmetic_of_any_launch(record_property):
     def explore(planned, high, low):
         nonlocal tried
         tried += 1
-        call, kls, found = planned
-        layout, how = found.layout, found.constants
-        blocks = -(-layout.rows // how["ROWS"])
-        assert layout.rows * layout.cols >= layout.n > (layout.rows - 1) * layout.cols
-        assert math.prod(found.grid) >= blocks * found.chunks
-        assert found.grid[0] < 2**31
-        assert all(size <= 65535 for size in found.grid[1:])
-        assert found.chunks * how["BLOCK"] >= layout.cols + 3 * (how["NOISE"] == kernels.LED.value)
+        call, key, plan = planned
+        layout, how = plan.layout, plan.tiling
+        grid = planner.run_time_numbers(key, plan).grid
+        blocks = -(-layout.rows // how.ROWS)
+        assert layout.rows * layout.cols >= layout.numel > (layout.rows - 1) * layout.cols
+        assert math.prod(grid) >= blocks * plan.chunks
+        assert grid[0] < 2**31
+        assert all(size <= 65535 for size in grid[1:])
+        assert plan.chunks * how.BLOCK >= layout.cols + 3 * (how.NOISE == tiles.NOISE_UNALIGNED.value)
         for block in {0, int(high * (blocks - 1)), blocks - 1}:
-            for chunk in {0, int(low * (found.chunks - 1)), found.chunks - 1}:
-                for r in (0, how["ROWS"] // 2, how["ROWS"] - 1):
-                    for p in (0, 1, how["BLOCK"] // 2, how["BLOCK"] - 1, (layout.cols - 1) % how["BLOCK"]):
-                        check_lane(call, kls, found, block, chunk, r, p)
+            for chunk in {0, int(low * (plan.chunks - 1)), plan.chunks - 1}:
+                for r in (0, how.ROWS // 2, how.ROWS - 1):
+                    for p in (0, 1, how.BLOCK // 2, how.BLOCK - 1, (layout.cols - 1) % how.BLOCK):
+                        check_position(call, key, plan, block, chunk, r, p)
 
     explore()
     record_property("launches", tried)

@@ -1,0 +1,119 @@
+"""The GPU launches of a call: kernel, grid, arguments and constants, recorded instead of run.
+
+    with recording() as launches:
+        rk.reparameterize_kl(mu, logvar)
+    launches[0].arguments["shape"].cols, launches[0].constants["VEC"]
+
+Tensors may be meta tensors, which have shapes and strides and no storage, so 2^45 elements cost nothing.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from reparam_kernels import backends
+from reparam_kernels.backends import triton as launcher
+from reparam_kernels.gpu import plan as planner
+
+OUTPUTS = {"out_ptr", "z_ptr", "kl_ptr", "dmu_ptr", "dx_ptr", "dmu_p_ptr", "dx_p_ptr"}
+
+
+class Launch(NamedTuple):
+    kernel: Any  # Triton's function
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # of run time, by the names of the kernel's parameters
+    compile_time: dict[str, Any]  # as passed: OPTIONS, TILING, num_warps, ...
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        return constants_of(self.compile_time)
+
+    @property
+    def outputs(self) -> list[torch.Tensor]:
+        return [t for name, t in self.arguments.items() if name in OUTPUTS and t is not None]
+
+    @property
+    def inputs(self) -> list[torch.Tensor]:
+        given = leaves([value for name, value in self.arguments.items() if name not in OUTPUTS])
+        return [t for t in given if isinstance(t, torch.Tensor)]
+
+    def compiled(self) -> Any:
+        """The kernel compiled for Triton's active driver, specialised on these very arguments."""
+        return self.kernel.run(*self.arguments.values(), grid=self.grid, warmup=True, **self.compile_time)
+
+    def passed(self, compiled: Any) -> list[Any]:
+        """What the compiled kernel takes, in order: tensors and numbers that are not constants."""
+        return kept([compiled.src.signature[name] for name in self.arguments], list(self.arguments.values()))
+
+
+def constants_of(compile_time: dict[str, Any]) -> dict[str, Any]:
+    """The compile-time constants of a launch, those in records by their fields."""
+    flat: dict[str, Any] = {}
+    for name, value in compile_time.items():
+        flat.update(value._asdict() if hasattr(value, "_asdict") else {name: value})
+    return flat
+
+
+def leaves(value: Any) -> list[Any]:
+    return [leaf for part in value for leaf in leaves(part)] if isinstance(value, (tuple, list)) else [value]
+
+
+def kept(signature: Any, value: Any) -> list[Any]:
+    """The leaves whose type in the signature is not constexpr."""
+    if isinstance(signature, (tuple, list)):
+        return [leaf for parts in zip(signature, value, strict=True) for leaf in kept(*parts)]
+    return [] if signature == "constexpr" else [value]
+
+
+@contextmanager
+def planned(grid_limit: int | None = None, grid_2d_width: int | None = None, **tiling: Any) -> Iterator[None]:
+    """Inside, launches are planned as for tensors that no memory holds. tiling: fields of the plan's Tiling to set."""
+    before = planner.GRID_LIMIT, planner.GRID_2D_WIDTH, launcher.plan_launch
+
+    def plan_launch(key: planner.LaunchKey) -> planner.Plan:
+        plan = planner.plan_launch(key)
+        return plan._replace(tiling=plan.tiling._replace(**tiling))
+
+    planner.GRID_LIMIT = before[0] if grid_limit is None else grid_limit
+    planner.GRID_2D_WIDTH = before[1] if grid_2d_width is None else grid_2d_width
+    launcher.plan_launch = plan_launch
+    try:
+        yield
+    finally:
+        planner.GRID_LIMIT, planner.GRID_2D_WIDTH, launcher.plan_launch = before
+
+
+@contextmanager
+def recording(
+    execute: Callable[[Launch], None] | None = None, compiler: str = "cuda", **plan: Any
+) -> Iterator[list[Launch]]:
+    """Inside, the ops go to the Triton launcher, and each launch is recorded, and given to `execute` instead of run.
+
+    compiler: who would compile the kernels. plan: what `planned` takes.
+    """
+    launches: list[Launch] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **compile_time: Any) -> None:
+        names = inspect.signature(kernel.fn).parameters
+        launches.append(Launch(kernel, grid, dict(zip(names, arguments, strict=False)), compile_time))
+        if execute is not None:
+            execute(launches[-1])
+
+    before = launcher.launch, launcher.compiler, backends.name_of
+    launcher.launch = record
+    launcher.compiler = lambda: compiler
+    backends.name_of = lambda device_type: "triton"
+    backends.of.cache_clear()
+    try:
+        with planned(**plan):
+            yield launches
+    finally:
+        launcher.launch, launcher.compiler, backends.name_of = before
+        backends.of.cache_clear()
