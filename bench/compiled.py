@@ -200,7 +200,7 @@ def width(op: str) -> int:
     return {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}[found[1]] if found else 32
 
 
-# The one approximation: the seed of the square root, which two corrections round as sqrt.rn does (sqrt_rn in gpu/philox.py).
+# The one approximation: in sqrt_rn of gpu/philox.py, where two corrections then round as sqrt.rn does.
 ROOT = r"rsqrt\.approx\.ftz\.f32"
 
 

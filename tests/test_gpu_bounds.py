@@ -1,7 +1,7 @@
 """Every address of every access lies in its buffer, and every output element is written exactly once.
 
-The interpreter's loads and stores are watched: each active position's address must lie in one of the tensors that the call
-owns, at an element of it; stores are counted. A wide margin of poison lies around every input, besides.
+The interpreter's loads and stores are watched: each address that is not masked off must be that of an element of one of
+the call's tensors; stores are counted. A wide margin of poison lies around every input, besides.
 """
 
 import math

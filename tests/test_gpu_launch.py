@@ -207,7 +207,8 @@ def check_position(call, key, plan, block, chunk, r, p):
         assert row // rows_per_seed == element // group
     start = (row % rows_per_seed if seeds > 1 else row) * layout.cols
     assert start == row * layout.cols - element // group * group
-    if how.NOISE == tiles.NOISE_ALIGNED.value:
+    noise = how.NOISE
+    if noise == tiles.NOISE_ALIGNED.value:
         assert start % 4 == 0
         assert samples == 1 or group % 4 == 0
     assert not how.COUNTER_32BIT or (samples - 1) * group + start + layout.cols < 2**34
@@ -216,7 +217,7 @@ def check_position(call, key, plan, block, chunk, r, p):
 
 
 def test_the_arithmetic_of_any_launch(record_property):
-    """Programs cover all rows and columns; a position's address, seed and KL are its element's; what is proved is so."""
+    """Programs cover all rows and columns; a position has its element's address, seed and KL; what is proved holds."""
     tried = 0
 
     @settings(max_examples=1000, derandomize=True, database=None, deadline=None, suppress_health_check=[*HealthCheck])
@@ -232,7 +233,8 @@ def test_the_arithmetic_of_any_launch(record_property):
         assert math.prod(grid) >= blocks * plan.chunks
         assert grid[0] < 2**31
         assert all(size <= 65535 for size in grid[1:])
-        assert plan.chunks * how.BLOCK >= layout.cols + 3 * (how.NOISE == tiles.NOISE_UNALIGNED.value)
+        noise = how.NOISE
+        assert plan.chunks * how.BLOCK >= layout.cols + 3 * (noise == tiles.NOISE_UNALIGNED.value)
         for block in {0, int(high * (blocks - 1)), blocks - 1}:
             for chunk in {0, int(low * (plan.chunks - 1)), plan.chunks - 1}:
                 for r in (0, how.ROWS // 2, how.ROWS - 1):

@@ -16,11 +16,11 @@ from ..gpu.tiles import (
     divmod_rows,
     elements_left,
     load,
+    make_tile,
     noise,
     pointers,
     store,
     sum_packed_rows,
-    make_tile,
 )
 
 
@@ -117,7 +117,7 @@ def backward_kernel(
     tile = make_tile(rows, total, shape, TILING)
     latent = load_latent(mu, x, mu_p, x_p, tile, shape, OPTIONS, TILING)
     e = element(latent, OPTIONS, mu_p is not None)
-    # the sums over the samples of dz and of dz * eps; they start at -0, which changes no bit of the first term
+    # dmu and dsigma: the sums over the samples of dz and of dz * eps. They start at -0, which changes no bit of a sum.
     dmu = tl.full(latent.mu.shape, -0.0, latent.mu.dtype)
     dsigma = dmu
     if dz is not None:
@@ -129,7 +129,7 @@ def backward_kernel(
             eps = noise(seed_ptr, eps_ptr, sample, tile, total, shape, OPTIONS.FLOAT64, TILING)
             dmu += dz_value
             dsigma = fma(dz_value, eps, dsigma)
-    dx = dsigma * e.dsigma_dx
+    dx = dsigma * e.dsigma
     if dkl_ptr is not None:
         if OPTIONS.ELEMENTWISE_KL:
             dkl = load(contiguous_pointers(dkl_ptr, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
@@ -140,14 +140,14 @@ def backward_kernel(
             kl_row, _ = divmod_rows(tile.first_row + tile.row, shape.rows_per_kl, TILING)
             dkl = tl.load(dkl_ptr + kl_row, mask=tile.row_mask)
         if dmu_p_ptr is not None:
-            store(contiguous_pointers(dmu_p_ptr, tile, shape, TILING), -(dkl * e.dkl_dmu), tile.mask)
+            store(contiguous_pointers(dmu_p_ptr, tile, shape, TILING), -(dkl * e.dkl_mu), tile.mask)
         if dx_p_ptr is not None:
-            store(contiguous_pointers(dx_p_ptr, tile, shape, TILING), dkl * e.dkl_dxp, tile.mask)
-        dmu = fma(tl.broadcast_to(dkl, dmu.shape), e.dkl_dmu, dmu)
+            store(contiguous_pointers(dx_p_ptr, tile, shape, TILING), dkl * e.dkl_xp, tile.mask)
+        dmu = fma(tl.broadcast_to(dkl, dmu.shape), e.dkl_mu, dmu)
         if dz is not None:
-            dx = fma(dsigma, e.dsigma_dx, dkl * e.dkl_dx)
+            dx = fma(dsigma, e.dsigma, dkl * e.dkl_x)
         else:
-            dx = dkl * e.dkl_dx
+            dx = dkl * e.dkl_x
     if OPTIONS.CLAMP:
         dx = tl.where(in_bounds(latent.raw_x, OPTIONS), dx, 0.0)
     if dmu_ptr is not None:

@@ -1,7 +1,7 @@
-"""exp, log and softplus of a block, in float32 with the bits of csrc/math.h.
+"""exp, log and softplus of a block. In float32 they have the bits of the C++ kernels, which use the same names.
 
-In float32 these are IEEE add, mul, fma and div in one fixed order, because other orders round differently. Each function
-also serves float64, unless it says otherwise. The dtype of its first argument decides which of the two it computes.
+They are IEEE add, mul, fma and div in one fixed order, because other orders round differently. A function serves
+float64 too, unless it says otherwise; the dtype of its argument decides. There it is accurate, with no promise of bits.
 """
 
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""One element of the latent layer: sigma, the KL and their derivatives, as csrc/math.h computes them.
+"""One element of the latent layer: sigma, the KL and their derivatives. The C++ kernels use the same names.
 
 The posterior is N(mu, sigma^2), and sigma is a function of x that PARAM names. The prior is N(mu_p, sigma_p^2) with
 sigma_p the same function of x_p, or N(0, 1) if PRIOR is false; mu_p and x_p may then be anything.
@@ -32,7 +32,7 @@ LOGVAR, LOGSTD, STD, SOFTPLUS = (tl.constexpr(i) for i in range(4))  # PARAM, in
 class Options(NamedTuple):
     """What a call asks for, as compile-time constants."""
 
-    FLOAT64: bool  # the arithmetic is float64, not float32
+    FLOAT64: bool  # the arithmetic is in float64; else in float32
     PARAM: int
     MIN_STD: float
     UNIT_HI: float  # softplus(unit) + MIN_STD = 1: unit in two parts of the arithmetic's dtype, and the slope there
@@ -56,14 +56,14 @@ class Latent(NamedTuple):
 
 
 class Element(NamedTuple):
-    """Of one element: sigma, twice its KL, and the derivatives of sigma and of the KL."""
+    """sigma, twice the KL, and the derivatives of both."""
 
     sigma: Any
     kl2: Any
-    dsigma_dx: Any
-    dkl_dx: Any
-    dkl_dmu: Any  # -dkl/dmu_p
-    dkl_dxp: Any
+    dsigma: Any  # dsigma/dx
+    dkl_x: Any  # dkl/dx, and so on
+    dkl_mu: Any  # and -dkl/dmu_p
+    dkl_xp: Any
 
 
 class Ratio(NamedTuple):
@@ -86,34 +86,34 @@ def clamp(x, OPTIONS: tl.constexpr):
 
 
 @triton.jit
-def from_log(scale: tl.constexpr, mu, lv, mu_p, lv_p, PRIOR: tl.constexpr):
-    """lv = 2 log sigma; scale is its derivative, halved."""
+def from_log(scale: tl.constexpr, mu, lv, mu_p, lvp, PRIOR: tl.constexpr):
+    """lv = 2 log sigma, lvp = 2 log sigma_p; scale is the derivative of log sigma."""
     posterior = exp_half(lv)
     e = posterior
     d = lv
     delta = mu
-    dkl_dmu = mu
+    dkl_mu = mu
     if PRIOR:
         FLOAT64: tl.constexpr = lv.dtype == tl.float64
         LOW: tl.constexpr = -1400.0 if FLOAT64 else -170.0
         HIGH: tl.constexpr = 1400.0 if FLOAT64 else 175.0
-        d = lv - lv_p
+        d = lv - lvp
         e = exp_half(d)
-        quarter = -0.5 * lv_p
+        quarter = -0.5 * lvp
         root = exp_half(tl.where(quarter < LOW, LOW, tl.where(quarter > HIGH, HIGH, quarter))).sigma
         delta = (mu - mu_p) * root * root  # root^2 is 1 / sigma_p, which as a number may be 0 or infinite
-        dkl_dmu = delta * root * root
+        dkl_mu = delta * root * root
     em1 = expm1_twice(e)
     k = expm1_minus(e, d)
     if PRIOR and lv.dtype == tl.float32:
         back = d - lv
-        rest = (lv - (d - back)) - (lv_p + back)  # d + rest is lv - lv_p exactly
+        rest = (lv - (d - back)) - (lvp + back)  # d + rest is lv - lvp exactly
         finite = tl.abs(d) < 88.72  # beyond, em1 is infinite or -1, and rest may be NaN
         k = tl.where(finite, tl.fma(em1, rest, k), k)
         em1 = tl.where(finite, tl.fma(em1, rest, em1 + rest), em1)
     kl2 = fma(delta, delta, k)
-    dkl_dxp = scale * fma(-delta, delta, -em1)
-    return Element(posterior.sigma, kl2, scale * posterior.sigma, scale * em1, dkl_dmu, dkl_dxp)
+    dkl_xp = scale * fma(-delta, delta, -em1)
+    return Element(posterior.sigma, kl2, scale * posterior.sigma, scale * em1, dkl_mu, dkl_xp)
 
 
 @triton.jit
@@ -124,14 +124,14 @@ def from_std(mu, s, mu_p, p, r, PRIOR: tl.constexpr):
     above = fma(r.f, r.f, g + g)
     below = fma(r.log_q, -2.0, fma(r.q, r.q, -1.0))
     k = tl.where(r.f < -0.6, below, tl.where(r.f < HUGE, above, r.f * r.f))  # keeps NaN
-    dkl_dx = div(s.slope * r.f, s.value) * (r.f + 2.0)
+    dkl_x = div(s.slope * r.f, s.value) * (r.f + 2.0)
     if PRIOR:
         delta = div(mu - mu_p, p.value)
-        dkl_dmu = div(delta, p.value)
-        dkl_dxp = fma(-delta, div(p.slope * delta, p.value), -(div(p.slope * r.f, p.value) * (r.f + 2.0)))
+        dkl_mu = div(delta, p.value)
+        dkl_xp = fma(-delta, div(p.slope * delta, p.value), -(div(p.slope * r.f, p.value) * (r.f + 2.0)))
     else:
-        delta, dkl_dmu, dkl_dxp = mu, mu, mu
-    return Element(s.value, fma(delta, delta, k), s.slope, dkl_dx, dkl_dmu, dkl_dxp)
+        delta, dkl_mu, dkl_xp = mu, mu, mu
+    return Element(s.value, fma(delta, delta, k), s.slope, dkl_x, dkl_mu, dkl_xp)
 
 
 @triton.jit

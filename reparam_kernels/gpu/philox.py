@@ -1,4 +1,4 @@
-"""Standard normals from a seed and an element index: Philox4x32-10, then Box-Muller, with the bits of csrc/.
+"""Standard normals from a seed and an element index: Philox4x32-10, then Box-Muller, with the bits of the C++ kernels.
 
 One Philox counter makes four words, hence four normals: element i takes counter i // 4.
 """

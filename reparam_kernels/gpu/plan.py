@@ -1,7 +1,7 @@
-"""Plans a launch on the host: coalesces strides, packs short rows, chooses the tile, proves what the kernel may assume.
+"""Plans a launch on the host: coalesces strides, packs short rows, chooses the tile, proves what a kernel may assume.
 
-A LaunchKey describes a launch without its pointers and seeds. plan_launch makes a Plan from it and from nothing else, so
-equal keys have equal plans. run_time_numbers gives the grid and the sizes of one launch.
+A LaunchKey describes a launch without its pointers and seeds. plan_launch makes a Plan from it and from nothing else,
+so equal keys have equal plans. run_time_numbers gives the grid and the sizes of a launch.
 """
 
 import math
@@ -85,7 +85,7 @@ class Strides(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The rows of a launch: each lies in one run of every operand, under one seed, and in one KL unless rows are packed."""
+    """The rows of a launch: each lies in one run of every operand, has one seed, and one KL unless rows are packed."""
 
     numel: int
     rows: int
@@ -300,8 +300,8 @@ class Numbers(NamedTuple):
 def run_time_numbers(key: LaunchKey, plan: Plan) -> Numbers:
     layout = plan.layout
     programs = cdiv(layout.rows, plan.tiling.ROWS) * plan.chunks
-    two_dims = plan.tiling.GRID == tiles.GRID_2D.value
-    grid = (GRID_2D_WIDTH, cdiv(programs, GRID_2D_WIDTH)) if two_dims else (programs,)
+    grid_2d = plan.tiling.GRID == tiles.GRID_2D.value
+    grid = (GRID_2D_WIDTH, cdiv(programs, GRID_2D_WIDTH)) if grid_2d else (programs,)
     rows_per_kl = 1 if key.kl_numel is None or layout.row_len else layout.rows // key.kl_numel
     sizes = Shape(layout.cols, plan.chunks, key.samples, layout.rows // key.seeds, rows_per_kl, layout.rows_per_outer)
     return Numbers(grid, layout.rows, layout.numel, sizes)
