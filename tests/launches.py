@@ -78,7 +78,7 @@ def planned(grid_limit: int | None = None, grid_2d_width: int | None = None, **t
     before = planner.GRID_LIMIT, planner.GRID_2D_WIDTH, launcher.plan_launch
 
     def plan_launch(key: planner.LaunchKey) -> planner.Plan:
-        plan = planner.plan_launch(key)
+        plan = planner.plan_launch.__wrapped__(key)  # not the kept plan of another limit
         return plan._replace(tiling=plan.tiling._replace(**tiling))
 
     planner.GRID_LIMIT = before[0] if grid_limit is None else grid_limit

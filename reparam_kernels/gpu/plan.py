@@ -1,11 +1,12 @@
 """Plans a launch on the host: coalesces strides, packs short rows, chooses the tile, proves what a kernel may assume.
 
 A LaunchKey describes a launch without its pointers and seeds. plan_launch makes a Plan from it and from nothing else,
-so equal keys have equal plans. run_time_numbers gives the grid and the sizes of a launch.
+so plans are kept and found by their keys. run_time_numbers gives the grid and the sizes of a launch.
 """
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -272,6 +273,7 @@ def register_limit(key: LaunchKey, tiling: Tiling, config: TileConfig) -> int | 
     return config.max_registers if limited else None
 
 
+@lru_cache(maxsize=1024)
 def plan_launch(key: LaunchKey) -> Plan:
     config = HIP if key.compiler == "hip" else CUDA
     layout = make_layout(key)
