@@ -34,8 +34,9 @@ def randn_kernel(out_ptr, seed_ptr, rows, total, shape, TILING: tl.constexpr):
 @triton.jit
 def load_latent(mu, x, mu_p, x_p, tile, shape, OPTIONS: tl.constexpr, TILING: tl.constexpr):
     """The inputs of a tile, clamped if asked. Without a prior, mu_p and x_p are placeholders."""
-    mu_value = load(pointers(mu, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
-    raw_x = load(pointers(x, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
+    mu_ptr, x_ptr = pointers(mu, tile, shape, TILING), pointers(x, tile, shape, TILING)
+    mu_value = load(mu_ptr, tile.mask, OPTIONS.FLOAT64)
+    raw_x = load(x_ptr, tile.mask, OPTIONS.FLOAT64)
     x_value = raw_x
     if OPTIONS.CLAMP:
         x_value = clamp(raw_x, OPTIONS)
@@ -45,8 +46,9 @@ def load_latent(mu, x, mu_p, x_p, tile, shape, OPTIONS: tl.constexpr, TILING: tl
         mu_p_value = load(mu_p.ptr, None, OPTIONS.FLOAT64)
         return Latent(mu_value, raw_x, x_value, mu_p_value, load(x_p.ptr, None, OPTIONS.FLOAT64))
     else:
-        mu_p_value = load(pointers(mu_p, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
-        x_p_value = load(pointers(x_p, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
+        mu_p_ptr, x_p_ptr = pointers(mu_p, tile, shape, TILING), pointers(x_p, tile, shape, TILING)
+        mu_p_value = load(mu_p_ptr, tile.mask, OPTIONS.FLOAT64)
+        x_p_value = load(x_p_ptr, tile.mask, OPTIONS.FLOAT64)
         return Latent(mu_value, raw_x, x_value, mu_p_value, x_p_value)
 
 

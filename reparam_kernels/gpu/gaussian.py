@@ -124,13 +124,13 @@ def from_std(mu, s, mu_p, p, r, PRIOR: tl.constexpr):
     above = fma(r.f, r.f, g + g)
     below = fma(r.log_q, -2.0, fma(r.q, r.q, -1.0))
     k = tl.where(r.f < -0.6, below, tl.where(r.f < HUGE, above, r.f * r.f))  # keeps NaN
-    dkl_x = div(s.slope * r.f, s.value) * (r.f + 2.0)
     if PRIOR:
         delta = div(mu - mu_p, p.value)
         dkl_mu = div(delta, p.value)
         dkl_xp = fma(-delta, div(p.slope * delta, p.value), -(div(p.slope * r.f, p.value) * (r.f + 2.0)))
     else:
         delta, dkl_mu, dkl_xp = mu, mu, mu
+    dkl_x = div(s.slope * r.f, s.value) * (r.f + 2.0)
     return Element(s.value, fma(delta, delta, k), s.slope, dkl_x, dkl_mu, dkl_xp)
 
 
@@ -156,14 +156,14 @@ def from_softplus(mu, x, mu_p, x_p, OPTIONS: tl.constexpr, PRIOR: tl.constexpr):
     if PRIOR:
         p = softplus(x_p)
         sigma_p = p.value + OPTIONS.MIN_STD
-        q = div(sigma, sigma_p)
         f = div(softplus_difference(x, s, x_p, 0.0, p), sigma_p)
+        q = div(sigma, sigma_p)
         log_q = log_ratio(sigma, sigma_p, q)
     else:
         p = Softplus(tl.full((), 1.0 - OPTIONS.MIN_STD, x.dtype), tl.full((), OPTIONS.UNIT_SLOPE, x.dtype))
         sigma_p = sigma
-        q = sigma
         f = softplus_difference(x, s, OPTIONS.UNIT_HI, OPTIONS.UNIT_LO, p)
+        q = sigma
         log_q = log(sigma)
     if OPTIONS.MIN_STD == 0.0:
         log_q += tl.where(x < -LAST, x + LAST, 0.0)  # log sigma continues, though sigma stays

@@ -145,11 +145,13 @@ def make_tile(rows, total, shape, TILING: tl.constexpr):
 
 
 @triton.jit
-def row_pointers(ptr, row_stride, col_stride, gap, tile, TILING: tl.constexpr):
-    """A 64-bit base and offsets within the tile. gap: what lies between one packed row and the next."""
+def row_pointers(ptr, row_stride, col_stride, packed_stride, tile, TILING: tl.constexpr):
+    """A 64-bit base and offsets within the tile. packed_stride: from one packed row to the next; None: contiguous."""
     offset = tl.multiple_of(tile.row * row_stride, [TILING.VEC, TILING.VEC]) + tile.col * col_stride
-    if TILING.PACKED_STRIDED and gap is not None:
-        offset += tile.col // TILING.ROW_LEN * tl.multiple_of(gap, TILING.VEC)
+    if TILING.PACKED_STRIDED and packed_stride is not None:
+        # the hint has to be on an operation of this function: one on an argument is lost
+        gap = tl.multiple_of(packed_stride - TILING.ROW_LEN * col_stride, TILING.VEC)
+        offset += tile.col // TILING.ROW_LEN * gap
     SIZE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
     base = ptr + tl.multiple_of(tile.first_row * row_stride + tile.first_col * col_stride, TILING.VEC)
     return tl.multiple_of(base, min(TILING.VEC * SIZE, 16)) + offset
@@ -163,8 +165,7 @@ def pointers(o, tile, shape, TILING: tl.constexpr):
         offset = a * o.outer_stride + b * o.row_stride + tile.first_col * o.col_stride
         return o.ptr + tl.multiple_of(offset, [TILING.VEC, TILING.VEC]) + tile.col * o.col_stride
     else:
-        gap = o.outer_stride - TILING.ROW_LEN * o.col_stride
-        return row_pointers(o.ptr, o.row_stride, o.col_stride, gap, tile, TILING)
+        return row_pointers(o.ptr, o.row_stride, o.col_stride, o.outer_stride, tile, TILING)
 
 
 @triton.jit
