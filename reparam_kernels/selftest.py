@@ -119,7 +119,7 @@ def sqrt_of(x: Tensor) -> Tensor:
 
     out = torch.empty_like(x)
     grid, constants = ((x.numel() + 255) // 256,), {"BLOCK": 256, "enable_fp_fusion": False}
-    launch(kernels.sqrt_kernel, grid, x.device, out, x, x.numel(), INLINE_PTX=compiler() == "cuda", **constants)
+    launch(kernels.roots_kernel, grid, x.device, out, x, x.numel(), INLINE_PTX=compiler() == "cuda", **constants)
     return out
 
 

@@ -184,7 +184,7 @@ def words_kernel(out_ptr, at_ptr, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sqrt_kernel(out_ptr, x_ptr, count, INLINE_PTX: tl.constexpr, BLOCK: tl.constexpr):
+def roots_kernel(out_ptr, x_ptr, count, INLINE_PTX: tl.constexpr, BLOCK: tl.constexpr):
     """The square roots of x [count], as the noise takes them: for the self-test."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, mask=i < count, other=1.0)
