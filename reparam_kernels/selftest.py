@@ -85,7 +85,8 @@ def inputs(shape: tuple[int, ...], param: str = "logvar", seed: int = 0) -> list
 def words(device: torch.device) -> Iterator[str]:
     """Philox's words are the published ones."""
     if rk.backend_for(torch.empty(0, device=device)) == "triton":
-        from .backends.triton import kernels, launch
+        from .backends import triton_kernels as kernels
+        from .backends.triton import launch
 
         def made(seed: int, first: int, count: int) -> Tensor:
             out = torch.empty(count, 4, dtype=torch.int64, device=device)
@@ -115,7 +116,8 @@ def words(device: torch.device) -> Iterator[str]:
 
 def sqrt_of(x: Tensor) -> Tensor:
     """The square roots that the Triton kernels take."""
-    from .backends.triton import compiler, kernels, launch
+    from .backends import triton_kernels as kernels
+    from .backends.triton import compiler, launch
 
     out = torch.empty_like(x)
     grid, constants = ((x.numel() + 255) // 256,), {"BLOCK": 256, "enable_fp_fusion": False}
