@@ -319,4 +319,4 @@ def test_binding_refuses_overlapping_gradients():
 
 def test_binding_refuses_an_unknown_instruction_set():
     with pytest.raises(ValueError, match="instruction set: must be one that this CPU and build have"):
-        _C.use("mmx")
+        _C.set_isa("mmx")

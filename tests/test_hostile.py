@@ -76,11 +76,11 @@ for value in (0, -1, 2**31, 2**63 - 1, 2**63, 2**64, -(2**63), 1e300, float("nan
     attempt(lambda: rk.kl_divergence(mu, mu, clamp=(value, value)))
     attempt(lambda: rk.kl_divergence(mu, mu, param="softplus", min_std=value))
     attempt(lambda: _C.randn(torch.tensor([1]), torch.zeros(9), value))
-    attempt(lambda: _C.noise(value, value, 7))
-    attempt(lambda: _C.noise(1, 2**63 - 1, value))
-    attempt(lambda: _C.box_muller(value, value))
+    attempt(lambda: _C.test_eps(value, value, 7))
+    attempt(lambda: _C.test_eps(1, 2**63 - 1, value))
+    attempt(lambda: _C.test_box_muller(value, value))
     attempt(lambda: _C.Options(value, value, value, value, value))
-    attempt(lambda: _C.use(value))
+    attempt(lambda: _C.set_isa(value))
     attempt(lambda: _C.Options(_C.Param(value), 0.0, False, 0.0, 0.0))
 for value in (-1, 4, 17, 2**31 - 1):
     assert attempt(lambda: _C.Options(_C.Param(value), 0.0, False, 0.0, 0.0)) is None
