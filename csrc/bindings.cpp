@@ -15,12 +15,25 @@ namespace py = pybind11;
 namespace reparam {
 namespace {
 
-// The tensors of a call, in the order of their names.
-template <class... Names>
-std::array<BorrowedTensor, sizeof...(Names)> borrow(const py::args& tensors, Names... names) {
-  if (tensors.size() != sizeof...(names)) throw py::type_error("wrong number of tensors");
-  size_t i = 0;
-  return {BorrowedTensor(names, tensors[i++])...};
+template <size_t N>
+using Tensors = std::array<BorrowedTensor, N>;
+
+template <size_t>
+using Handle = py::handle;
+
+// Defines the function name(options, threads, tensors...) with one tensor for each of `arguments`. It takes handles
+// rather than py::args, whose tuple costs 50 ns.
+template <class OpOptions, size_t N, size_t... I>
+void def_op(py::module_& m, const char* name, const char* const (&arguments)[N],
+            void (*op)(const OpOptions&, int threads, const Tensors<N>&), std::index_sequence<I...>) {
+  m.def(name, [op, &arguments](const OpOptions& options, int threads, Handle<I>... objects) {
+    op(options, threads, {BorrowedTensor(arguments[I], objects)...});
+  });
+}
+template <class OpOptions, size_t N>
+void def_op(py::module_& m, const char* name, const char* const (&arguments)[N],
+            void (*op)(const OpOptions&, int threads, const Tensors<N>&)) {
+  def_op(m, name, arguments, op, std::make_index_sequence<N>());
 }
 
 // The type of the arithmetic, and of sums.
@@ -33,6 +46,10 @@ void set_seed(EpsSource& eps, const BorrowedTensor& seed, const BorrowedTensor& 
   seed.check_contiguous();
   eps.seed = (const int64_t*)seed.t.data;
   eps.group = count > 1 ? eps.n / count : eps.n;
+}
+
+void require_isa(const std::string& name) {
+  if (!set_isa(name)) throw_invalid("isa");
 }
 
 // ---- noise
@@ -111,7 +128,8 @@ LatentArguments latent_arguments(const Options& options, const BorrowedTensor& m
     eps.check_dtype(dtype);
     if (eps) {  // of as many samples, in whatever shape
       const int dims = eps.t.ndim - mu.t.ndim;
-      if (dims < 0 || !eps.same_sizes(dims, mu, 0, mu.t.ndim) || eps.product(0, dims) != a.samples) throw_invalid("eps");
+      if (dims < 0 || !eps.same_sizes(dims, mu, 0, mu.t.ndim) || eps.product(0, dims) != a.samples)
+        throw_invalid("eps");
     }
     a.eps.given = eps.operand();
   }
@@ -128,9 +146,10 @@ LatentArguments latent_arguments(const Options& options, const BorrowedTensor& m
   return a;
 }
 
-void latent_forward(const Options& options, int threads, const py::args& tensors) {
-  const auto [mu, x, mu_p, x_p, seed, eps, z, kl] =
-      borrow(tensors, "mu", "x", "mu_p", "x_p", "seed", "eps", "z", "kl");
+constexpr const char* kForward[] = {"mu", "x", "mu_p", "x_p", "seed", "eps", "z", "kl"};
+
+void latent_forward(const Options& options, int threads, const Tensors<std::size(kForward)>& tensors) {
+  const auto& [mu, x, mu_p, x_p, seed, eps, z, kl] = tensors;
   LatentArguments a = latent_arguments(options, mu, x, mu_p, x_p, seed, eps, z, kl);
   z.check_contiguous();
   kl.check_contiguous();
@@ -140,9 +159,11 @@ void latent_forward(const Options& options, int threads, const py::args& tensors
   latent().forward(a, threads);
 }
 
-void latent_backward(const Options& options, int threads, const py::args& tensors) {
-  const auto [mu, x, mu_p, x_p, seed, eps, dz, dkl, dmu, dx, dmu_p, dx_p] = borrow(
-      tensors, "mu", "x", "mu_p", "x_p", "seed", "eps", "dz", "dkl", "dmu", "dx", "dmu_p", "dx_p");
+constexpr const char* kBackward[] = {"mu", "x",   "mu_p", "x_p", "seed",  "eps",
+                                     "dz", "dkl", "dmu",  "dx",  "dmu_p", "dx_p"};
+
+void latent_backward(const Options& options, int threads, const Tensors<std::size(kBackward)>& tensors) {
+  const auto& [mu, x, mu_p, x_p, seed, eps, dz, dkl, dmu, dx, dmu_p, dx_p] = tensors;
   LatentArguments a = latent_arguments(options, mu, x, mu_p, x_p, seed, eps, dz, dkl);
   for (const BorrowedTensor* t : {&dmu, &dx, &dmu_p, &dx_p}) {
     t->check_shape(mu);
@@ -171,7 +192,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("bind_tensor_type", &bind_tensor_type, py::arg("tensor"), py::arg("parameter"));
   m.def("available_isas", &available_isas);
   m.def("isa", &isa);
-  m.def("set_isa", [](const std::string& name) { if (!set_isa(name)) throw_invalid("isa"); }, py::arg("isa"));
+  m.def("set_isa", &require_isa, py::arg("isa"));
   m.def("has_openmp", &has_openmp);
 
   m.def("randn", &randn, py::arg("seed"), py::arg("out"), py::arg("threads"));
@@ -187,8 +208,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Options>(m, "Options")
       .def(py::init(&make_options), py::arg("param"), py::arg("min_std"), py::arg("clamped"), py::arg("low"),
            py::arg("high"));
-  m.def("latent_forward", &latent_forward);
-  m.def("latent_backward", &latent_backward);
+  def_op(m, "latent_forward", kForward, &latent_forward);
+  def_op(m, "latent_backward", kBackward, &latent_backward);
 }
 
 }  // namespace reparam

@@ -10,8 +10,8 @@ constexpr int kChunk = 1024;  // the most elements of a chunk, so that its buffe
 
 namespace {
 
-// A chunk is a number of whole short rows, or an equal part of a long row. Its bounds follow from the shape alone, so no
-// sum depends on the number of threads or on the instruction set.
+// A chunk is a number of whole short rows, or an equal part of a long row. Its bounds follow from the shape alone, so
+// no sum depends on the number of threads or on the instruction set.
 struct Chunks {
   int64_t cols, rows, length, per_row, count;
 

@@ -1,10 +1,10 @@
 // What every header that a kernel uses starts from.
 #pragma once
 
-// A file in ops/ is compiled once for each instruction set. If an inline function had external linkage, the linker would
-// keep one copy for all of them, perhaps one that this CPU cannot run. So whatever these files share is always inlined,
-// or lies in an unnamed namespace, or is compiled once in a file of its own. For the same reason they do not use the
-// standard library's templates.
+// A file in ops/ is compiled once for each instruction set. If an inline function had external linkage, the linker
+// would keep one copy for all of them, perhaps one that this CPU cannot run. So whatever these files share is always
+// inlined, or lies in an unnamed namespace, or is compiled once in a file of its own. For the same reason they do not
+// use the standard library's templates.
 #if defined(__GNUC__)
 #define REPARAM_INLINE inline __attribute__((always_inline))
 #else

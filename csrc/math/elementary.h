@@ -11,8 +11,8 @@ namespace {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 REPARAM_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 #else
-// For CPUs without the instruction. a * b is exact in float64. The sum is rounded to odd there, so that rounding it once
-// more, to float32, is as good as rounding once.
+// For CPUs without the instruction. a * b is exact in float64. The sum is rounded to odd there, so that rounding it
+// once more, to float32, is as good as rounding once.
 REPARAM_INLINE float fma(float a, float b, float c) {
   const double p = (double)a * b, s = p + c;
   const double t = s - p, error = (p - (s - t)) + (c - t);
@@ -78,7 +78,9 @@ REPARAM_INLINE float log1p_poly(float h) {
 
 constexpr float kLn2Hi = .693145752f, kLn2Lo = 1.42860677e-6f;  // e * kLn2Hi is exact
 
-REPARAM_INLINE float log1p(Split s) { return fma(s.e, kLn2Hi, fma(s.e, kLn2Lo, fma(-(s.h * s.h), log1p_poly(s.h), s.h))); }
+REPARAM_INLINE float log1p(Split s) {
+  return fma(s.e, kLn2Hi, fma(s.e, kLn2Lo, fma(-(s.h * s.h), log1p_poly(s.h), s.h)));
+}
 REPARAM_INLINE float log1p(float w) { return log1p(split(1.f + w, w)); }  // w >= 0, finite
 
 REPARAM_INLINE float log(float u) {
@@ -122,13 +124,15 @@ template <class C>
 constexpr C kExpUnderflow = sizeof(C) == 4 ? C(87.336) : C(708);
 
 REPARAM_INLINE Softplus<float> softplus(float x) {
-  const float size = __builtin_fabsf(x), t = exp_half(-2.f * (size > kExpUnderflow<float> ? kExpUnderflow<float> : size)).sigma;
+  const float size = __builtin_fabsf(x),
+              t = exp_half(-2.f * (size > kExpUnderflow<float> ? kExpUnderflow<float> : size)).sigma;
   const float s = 1.f / (1.f + t);
   return {(x < 0.f ? 0.f : x) + log1p(t), x < 0.f ? t * s : s};
 }
 
 REPARAM_INLINE Softplus<double> softplus(double x) {
-  const double size = __builtin_fabs(x), t = __builtin_exp(size > kExpUnderflow<double> ? -kExpUnderflow<double> : -size);
+  const double size = __builtin_fabs(x),
+               t = __builtin_exp(size > kExpUnderflow<double> ? -kExpUnderflow<double> : -size);
   return {(x < 0 ? 0 : x) + __builtin_log1p(t), (x < 0 ? t : 1) / (1 + t)};
 }
 

@@ -98,7 +98,8 @@ REPARAM_INLINE Element<C> from_softplus(const Constants<C>& c, C mu, C x, C mu_p
   const Softplus<C> s = softplus(x), p = kPrior ? softplus(x_p) : Softplus<C>{1 - c.min_std, c.unit_slope};
   const C sigma = s.value + c.min_std, sigma_p = p.value + c.min_std;
   const C difference = softplus_difference(x, s, kPrior ? x_p : c.unit_hi, kPrior ? C(0) : c.unit_lo, p);
-  const C beyond = bare & (x < -kExpUnderflow<C>) ? x + kExpUnderflow<C> : C(0);  // log sigma falls further where sigma stays
+  const C beyond =
+      bare & (x < -kExpUnderflow<C>) ? x + kExpUnderflow<C> : C(0);  // log sigma falls further where sigma stays
   Ratio<C> r{difference, sigma, log(sigma) + beyond};
   if constexpr (kPrior) {
     const C v = x - x_p;

@@ -15,7 +15,7 @@ REPARAM_INLINE Pair box_muller(uint32_t x, uint32_t y) {
   const float v = fma((float)xi, 0x1p-32f, 0x1p-33f);  // u, or u - 1 in the upper half: u never rounds to 1
   const int32_t b = bit_cast<int32_t>(v), m = (b & 0x7fffff) | 0x3f000000;
   const float f = xi < 0 ? v : bit_cast<float>(m) - 1.f;  // mantissa in [1/2, 1): both terms of the log are >= 0
-  const int32_t e = xi < 0 ? 0 : b - m;               // exponent * 2^23
+  const int32_t e = xi < 0 ? 0 : b - m;                   // exponent * 2^23
   const float q = horner(f, 2.321223736f, 2.072345257f, 1.503254056f, -.1016341075f, .5393293500f, -.6642580628f,
                          1.000049233f, -2.f);
   const float r = sqrt_rn(fma(f, q, (float)e * -1.6525917e-7f));

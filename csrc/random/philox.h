@@ -1,5 +1,5 @@
-// Philox4x32-10: random words from a key and a counter (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as
-// 1, 2, 3", SC 2011).
+// Philox4x32-10: random words from a key and a counter (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy
+// as 1, 2, 3", SC 2011).
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -88,9 +88,7 @@ def backward(
     seed, eps = (None, None) if dz is None else (call.seed, call.eps)
     options = _options(call.spec.param, call.spec.min_std, call.spec.clamp)
     try:
-        _C.latent_backward(
-            options, torch.get_num_threads(), mu, x, mu_p, x_p, seed, eps, dz, dkl, dmu, dx, dmu_p, dx_p
-        )
+        _C.latent_backward(options, torch.get_num_threads(), mu, x, mu_p, x_p, seed, eps, dz, dkl, dmu, dx, dmu_p, dx_p)
     except _C.InvalidArgument as refusal:
         tensors = {"mu": mu, "x": x, "mu_p": mu_p, "x_p": x_p, "seed": seed, "eps": eps, "dz": dz, "dkl": dkl}
         raise explained(refusal, tensors) from None
@@ -102,14 +100,13 @@ def explained(refusal: Exception, tensors: dict[str, Tensor | None]) -> ValueErr
     name = str(refusal)
     must, got = _fault(tensors.get(name))
     return ValueError(
-        f"reparam_kernels: {name} must {must}; got {got}. "
-        "Pass plain, dense CPU tensors that hold their memory."
+        f"reparam_kernels: {name} must {must}; got {got}. Pass plain, dense CPU tensors that hold their memory."
     )
 
 
 def _fault(t: Tensor | None) -> tuple[str, str]:
     """What a tensor must be that the kernels can read, and what this one is."""
-    if type(t) not in (Tensor, torch.nn.Parameter):
+    if t is None or type(t) not in (Tensor, torch.nn.Parameter):
         return "be a plain torch.Tensor", type(t).__name__
     if t.layout is not torch.strided or t.device.type != "cpu":
         return "be a dense tensor on the CPU", f"{t.layout} on {t.device}"
