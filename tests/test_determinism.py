@@ -20,7 +20,7 @@ from tests.conftest import forget
 from tests.report import table
 
 ISAS = _C.available_isas()
-# Rows shorter than, as long as and longer than kPiece of csrc/problem.h; in C++ enough of them for three threads.
+# Rows shorter than, as long as and longer than kChunk of csrc/core/chunks.h; in C++ enough of them for three threads.
 ROWS = {"cpu": {40: 1250, 1024: 48, 3001: 17}, "triton": {40: 24, 1024: 2, 3001: 2}}
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 

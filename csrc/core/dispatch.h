@@ -16,26 +16,22 @@ int isa_level();  // its place among the tables of REPARAM_OP
 
 // REPARAM_OP(Table, name) stands in an op's header. It declares the op's table of functions, compiled once for each
 // instruction set, and name(), the table of the instruction set in use. The op's file defines REPARAM_ISA::name.
+#define REPARAM_DECLARE(isa, Table, name) \
+  namespace isa {                         \
+  extern const Table name;                \
+  }
 #ifdef REPARAM_X86_LEVELS
 #define REPARAM_OP(Table, name)                                                  \
-  namespace baseline {                                                           \
-  extern const Table name;                                                       \
-  }                                                                              \
-  namespace avx2 {                                                               \
-  extern const Table name;                                                       \
-  }                                                                              \
-  namespace avx512 {                                                             \
-  extern const Table name;                                                       \
-  }                                                                              \
+  REPARAM_DECLARE(baseline, Table, name)                                         \
+  REPARAM_DECLARE(avx2, Table, name)                                             \
+  REPARAM_DECLARE(avx512, Table, name)                                           \
   REPARAM_INLINE const Table& name() {                                           \
     const Table* const tables[] = {&baseline::name, &avx2::name, &avx512::name}; \
     return *tables[isa_level()];                                                 \
   }
 #else
-#define REPARAM_OP(Table, name) \
-  namespace REPARAM_ISA {       \
-  extern const Table name;      \
-  }                             \
+#define REPARAM_OP(Table, name)             \
+  REPARAM_DECLARE(REPARAM_ISA, Table, name) \
   REPARAM_INLINE const Table& name() { return REPARAM_ISA::name; }
 #endif
 
