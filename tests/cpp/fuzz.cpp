@@ -151,7 +151,7 @@ void call(Bytes& in) {
   z_shape.insert(z_shape.end(), shape.begin(), shape.end());
   a.use_f64 = dtype == Dtype::f64;
   a.n = a.eps.n = product(shape);
-  if (a.n == 0) return;  // forward alone has something to do, which the binding's fuzzer tests
+  if (a.n == 0) return;  // only forward has something to do, and the fuzzer of the binding tests it
   a.options.param = (Param)in.below(4);
   a.options.min_std = in.real(), a.options.clamped = in.flip(), a.options.low = in.real(), a.options.high = in.real();
   const bool from_z = op == Op::randn || in.flip(), kl = op != Op::randn && (!from_z || in.flip());

@@ -319,9 +319,9 @@ void call(Bytes& in) {
   }
   add(from_z, z_shape, dtype, layout()), add(kl, row, sums, layout());
   add(in.flip(), shape, dtype, Layout::gaps, true), add(in.flip(), shape, dtype, Layout::gaps, true);
-  const int wide = in.flip() ? sums : dtype;
-  add(prior && kl && in.flip(), shape, wide, Layout::gaps, true);
-  add(prior && kl && in.flip(), shape, wide, Layout::gaps, true);
+  const int prior_grad_dtype = in.flip() ? sums : dtype;
+  add(prior && kl && in.flip(), shape, prior_grad_dtype, Layout::gaps, true);
+  add(prior && kl && in.flip(), shape, prior_grad_dtype, Layout::gaps, true);
   c.finish("latent_backward", options_of(in));
 }
 
