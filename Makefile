@@ -77,7 +77,7 @@ lint: $(VENV)/.ready
 	$(RUN) -m pip install -q $(PIP_ARGS) --no-build-isolation -e '.[lint]'
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*/*
 
 bench: $(VENV)/.ready
 	$(RUN) -m bench $(BENCH_ARGS)
@@ -97,14 +97,14 @@ clean:
 	rm -rf build dist out $(VENV) $(VENV)-integrations *.egg-info reparam_kernels/_C*.so
 
 # All by hash but torch: which build of it, the index says. A CUDA build then replaces triton by its own.
-$(VENV)/.ready: pyproject.toml setup.py requirements.txt $(wildcard csrc/*)
+$(VENV)/.ready: pyproject.toml setup.py requirements.txt $(wildcard csrc/*.cpp csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install $(PIP_ARGS) --require-hashes -r requirements.txt
 	$(RUN) -m pip install $(PIP_ARGS) 'torch==2.13.0'
 	$(RUN) -m pip install $(PIP_ARGS) --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VENV)-integrations/.ready: pyproject.toml setup.py $(wildcard csrc/*)
+$(VENV)-integrations/.ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 	$(PYTHON) -m venv $(VENV)-integrations
 	$(VENV)-integrations/bin/python -m pip install $(PIP_ARGS) 'torch==2.13.0'
 	$(VENV)-integrations/bin/python -m pip install $(PIP_ARGS) -e '.[integrations]'

@@ -1,4 +1,4 @@
-"""Builds reparam_kernels._C: kernels.cpp once for each instruction set, the rest once, no torch headers."""
+"""Builds reparam_kernels._C: each file of csrc/ops once for each instruction set, the rest once, no torch headers."""
 
 import platform
 import tempfile
@@ -7,7 +7,7 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
-# Rounding is part of the contract: nothing may be contracted, reordered or assumed.
+# The noise has the same bits everywhere, so the compiler may not contract, reorder or assume anything.
 KERNEL_FLAGS = [
     "-O3",
     "-g0",  # debug information names the folders of the machine that built it
@@ -15,9 +15,9 @@ KERNEL_FLAGS = [
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-fno-thread-jumps",  # or GCC vectorises both sides of a choice, polynomials and all
+    "-fno-thread-jumps",  # else GCC vectorises both sides of a choice, with all polynomials
     "-fvisibility=hidden",
-    "-Wno-psabi",  # vectors are passed inside this file alone
+    "-Wno-psabi",  # vectors are passed inside one file only
 ]
 if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS = {
@@ -30,7 +30,7 @@ else:
 
 
 class BuildPerInstructionSet(build_ext):
-    """Compiles csrc/kernels.cpp with each level's flags and links all of the objects into the one module."""
+    """Compiles csrc/ops/*.cpp with each level's flags and links all of the objects into the one module."""
 
     def build_extension(self, ext):
         openmp = ["-fopenmp"] if self.compiles_openmp() else []
@@ -41,9 +41,10 @@ class BuildPerInstructionSet(build_ext):
         ext.extra_link_args += openmp
         for name, flags in LEVELS.items():
             ext.extra_objects += self.compiler.compile(
-                ["csrc/kernels.cpp"],
+                sorted(map(str, Path("csrc/ops").glob("*.cpp"))),
                 output_dir=str(Path(self.build_temp) / name),
                 macros=[("REPARAM_ISA", name)],
+                include_dirs=ext.include_dirs,
                 extra_postargs=["-std=c++17", *KERNEL_FLAGS, *flags],
                 depends=ext.depends,
             )
@@ -65,8 +66,9 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "reparam_kernels._C",
-            ["csrc/bindings.cpp", "csrc/dispatch.cpp"],
-            depends=sorted(map(str, Path("csrc").glob("*"))),
+            ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/core").glob("*.cpp")))],
+            include_dirs=["csrc"],
+            depends=sorted(map(str, Path("csrc").rglob("*.*"))),
             cxx_std=17,
         )
     ],

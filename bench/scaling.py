@@ -31,7 +31,7 @@ def cases(rows: int, cols: int) -> dict[str, Callable[[], Any]]:
     z, kl = cpu.forward(call)
 
     def kernel() -> None:
-        _C.forward(options, mu, x, None, None, call.seed, None, z, kl, torch.get_num_threads())
+        _C.latent_forward(options, torch.get_num_threads(), mu, x, None, None, call.seed, None, z, kl)
 
     return {"op": lambda: rk.reparameterize_kl(mu, x, seed=7), "kernel": kernel}
 

@@ -27,7 +27,7 @@ def cpu_line() -> str:
     threads = f"OpenMP, {torch.get_num_threads()} threads" if _C.has_openmp() else "serial: built without OpenMP"
     forced = os.environ.get("REPARAM_CPU_ISA")
     why = f"forced by REPARAM_CPU_ISA={forced}" if forced else "the best that this CPU has"
-    return f"C++, {_C.isa()}: {why}, of {', '.join(_C.available())} ({threads})"
+    return f"C++, {_C.isa()}: {why}, of {', '.join(_C.available_isas())} ({threads})"
 
 
 def triton_line() -> str:

@@ -73,13 +73,13 @@ def forget():
     backends.of.cache_clear()
 
 
-@pytest.fixture(params=_C.available())
+@pytest.fixture(params=_C.available_isas())
 def isa(request):
     """Runs the test on each instruction set that this CPU has."""
     before = _C.isa()
-    _C.use(request.param)
+    _C.set_isa(request.param)
     yield request.param
-    _C.use(before)
+    _C.set_isa(before)
 
 
 _device_constructors()  # cached by torch: from before `poisoned` replaces some of them

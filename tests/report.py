@@ -28,7 +28,7 @@ def memory():
 def machine():
     """The processor, the memory, and the versions of what ran."""
     return (
-        f"{processor()}{memory()}, {' '.join(_C.available())}; Python {platform.python_version()}, "
+        f"{processor()}{memory()}, {' '.join(_C.available_isas())}; Python {platform.python_version()}, "
         f"torch {torch.__version__}, triton {triton.__version__}, numpy {np.__version__}"
     )
 

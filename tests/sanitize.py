@@ -23,6 +23,7 @@ FLAGS = ["-std=c++17", "-g", "-O2", "-fopenmp-simd"]
 FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 CHECKS = ["-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
 LEVELS = {"baseline": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
+BINDING = ["csrc/bindings.cpp", "csrc/core/borrowed_tensor.cpp"]
 QUIET = ["-Wno-pass-failed", "-Wno-bitwise-conditional-parentheses"]
 SEED = 1
 
@@ -30,8 +31,9 @@ SEED = 1
 def build(folder, compiler, levels, flags, sources=("tests/cpp/fuzz.cpp",), link=()):
     """A program or module of the sources and the kernels of these instruction sets; with one, no choice is compiled."""
     choice = "-DREPARAM_X86_LEVELS" if len(levels) > 1 else f"-DREPARAM_ISA={levels[0]}"
-    parts = [("csrc/kernels.cpp", [f"-march={LEVELS[level]}", f"-DREPARAM_ISA={level}"]) for level in levels]
-    parts += [(source, [choice]) for source in ("csrc/dispatch.cpp", *sources)]
+    ops = sorted(ROOT.glob("csrc/ops/*.cpp"))
+    parts = [(op, [f"-march={LEVELS[level]}", f"-DREPARAM_ISA={level}"]) for op in ops for level in levels]
+    parts += [(source, [choice]) for source in ("csrc/core/dispatch.cpp", *sources)]
     objects = []
     for source, more in parts:
         objects.append(str(folder / f"{len(objects)}.o"))
@@ -73,15 +75,15 @@ def binding(folder):
     flags = ["-fsanitize=fuzzer,address,undefined", "-fno-sanitize=alignment", *CHECKS, *QUIET, *python_flags()]
     library = sysconfig.get_config_var("LIBDIR")
     link = [f"-L{library}", f"-Wl,-rpath,{library}", f"-lpython{sysconfig.get_config_var('LDVERSION')}"]
-    program = build(folder, "clang++", ["avx2"], flags, ["csrc/bindings.cpp", "tests/cpp/fuzz_binding.cpp"], link)
+    program = build(folder, "clang++", ["avx2"], flags, [*BINDING, "tests/cpp/fuzz_binding.cpp"], link)
     environment = {"PYTHONHOME": sys.base_prefix, "PYTHONMALLOC": "malloc", **KEEPS_LEAKS}
     return "clang++", fuzzing(program, 100_000), environment
 
 
 def module(folder):
-    """The extension itself, under numpy; the sanitizers' libraries must come before Python's own."""
+    """The extension itself, under numpy. The sanitizers' libraries must be loaded before Python's own."""
     flags = ["-fsanitize=address,undefined", *CHECKS, "-fopenmp", "-fno-thread-jumps", "-fPIC", *python_flags()]
-    path = build(folder, "g++", list(LEVELS), flags, ["csrc/bindings.cpp"], ["-shared"])
+    path = build(folder, "g++", list(LEVELS), flags, BINDING, ["-shared"])
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
@@ -114,7 +116,6 @@ def figures(output):
     calls = sum(int(n) for n in re.findall(r"(\d+) (?:inputs|calls)$", output, re.M))
     inputs = [int(n) for n in re.findall(r"Done (\d+) runs", output)] or [calls]
     result = re.findall(r"\d+ calls of the kernels' functions, \d+ of them with a result", output)
-    result += re.findall(r"\d+ hostile ones, \d+ of them refused", output)
     edges = [f"{n} edges" for n in re.findall(r"cov: (\d+)", output)[-1:]]
     return inputs[0], "; ".join(edges + result)
 

@@ -19,8 +19,8 @@ from tests.cases import DTYPES, PARAMS, inputs, truth
 from tests.conftest import forget
 from tests.report import table
 
-ISAS = _C.available()
-# Rows shorter than, as long as and longer than kPiece of csrc/problem.h; in C++ enough of them for three threads.
+ISAS = _C.available_isas()
+# Rows shorter than, as long as and longer than kChunk of csrc/core/chunks.h; in C++ enough of them for three threads.
 ROWS = {"cpu": {40: 1250, 1024: 48, 3001: 17}, "triton": {40: 24, 1024: 2, 3001: 2}}
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
@@ -119,7 +119,7 @@ EXECUTORS = {"eager": eager, "registered op": registered_op, "torch.compile": ea
 def results(case, whole, f, executor="eager", cuts=0, isa=ISAS[0], threads=1, backend="cpu"):
     """eps, z, KL and gradients by name; of a batch cut so many times, the parts put together again."""
     torch.set_num_threads(threads)
-    _C.use(isa)
+    _C.set_isa(isa)
     backends.FORCED = backend
     forget()
     parts = [EXECUTORS[executor](f, part) for part in cut(whole, cuts)]
@@ -253,7 +253,7 @@ def measure(case, cells):
 def as_it_was(monkeypatch):
     monkeypatch.setattr(backends, "FORCED", None)
     yield
-    _C.use(ISAS[0])
+    _C.set_isa(ISAS[0])
     forget()
 
 

@@ -7,6 +7,8 @@ import torch
 
 import reparam_kernels as rk
 from reparam_kernels import _C
+from reparam_kernels.backends import cpu
+from reparam_kernels.spec import prepare
 
 pytestmark = pytest.mark.usefixtures("says_where")
 
@@ -266,7 +268,7 @@ def call_forward(**changed):
         "kl": torch.zeros(4),
     }
     options = _C.Options(_C.Param.logvar, 0.0, False, 0.0, 0.0)
-    _C.forward(options, *{**tensors, **changed}.values(), 1)
+    _C.latent_forward(options, 1, *{**tensors, **changed}.values())
 
 
 def fake():
@@ -277,46 +279,99 @@ def fake():
 
 
 BINDING = {
-    "a list": ({"mu": [0.0]}, "mu must be a plain torch.Tensor"),
-    "a meta tensor": ({"mu": torch.zeros(4, 3, device="meta")}, "mu must be a dense tensor with memory of its own"),
-    "a sparse tensor": ({"x": torch.zeros(4, 3).to_sparse()}, "x must be a dense tensor with memory of its own"),
-    "a fake tensor": ({"mu": fake}, "mu must be a plain torch.Tensor; got <class 'torch._subclasses.fake_tensor"),
-    "no mu": ({"mu": None}, "mu and x must be given; got None"),
-    "integers": ({"mu": torch.zeros(4, 3, dtype=torch.int32)}, "mu must be float16, bfloat16, float32 or float64"),
-    "mixed dtypes": ({"x": torch.zeros(4, 3).double()}, "x must be float32; got float64"),
-    "mixed shapes": ({"x": torch.zeros(4, 2)}, r"x must have the shape of mu, \(4, 3\); got \(4, 2\)"),
-    "half a prior": ({"mu_p": torch.zeros(4, 3)}, "mu_p and x_p go together"),
-    "small z": ({"z": torch.zeros(4, 2)}, r"z must end in the shape of mu, \(4, 3\); got \(4, 2\)"),
-    "strided z": ({"z": torch.zeros(3, 4).t()}, "z must be contiguous"),
-    "z's dtype": ({"z": torch.zeros(4, 3).half()}, "z must be float32; got float16"),
-    "kl's shape": ({"kl": torch.zeros(3)}, r"kl must have leading dims of mu, \(4, 3\); got \(3,\)"),
-    "kl's dtype": ({"kl": torch.zeros(4).double()}, "kl must be float32; got float64"),
-    "no noise": ({"seed": None}, "z takes one of seed and eps"),
-    "seed's dtype": ({"seed": torch.zeros(1)}, "seed must be int64"),
-    "seed's count": ({"seed": torch.zeros(2, dtype=torch.int64)}, "seed must have one element or 4; got 2"),
-    "strided seed": ({"seed": torch.tensor([1]).expand(4)}, "seed must be contiguous"),
-    "eps's shape": ({"seed": None, "eps": torch.zeros(2, 4, 3)}, r"eps must have the shape of z, \(4, 3\)"),
+    "a list": ("mu", [0.0]),
+    "a meta tensor": ("mu", torch.zeros(4, 3, device="meta")),
+    "a sparse tensor": ("x", torch.zeros(4, 3).to_sparse()),
+    "a fake tensor": ("mu", fake),
+    "no mu": ("mu", None),
+    "no x": ("x", None),
+    "integers": ("mu", torch.zeros(4, 3, dtype=torch.int32)),
+    "mixed dtypes": ("x", torch.zeros(4, 3).double()),
+    "mixed shapes": ("x", torch.zeros(4, 2)),
+    "half a prior": ("x_p", torch.zeros(4, 3)),
+    "small z": ("z", torch.zeros(4, 2)),
+    "strided z": ("z", torch.zeros(3, 4).t()),
+    "z's dtype": ("z", torch.zeros(4, 3).half()),
+    "kl's shape": ("kl", torch.zeros(3)),
+    "kl's dtype": ("kl", torch.zeros(4).double()),
+    "no noise": ("seed", None),
+    "seed's dtype": ("seed", torch.zeros(1)),
+    "seed's count": ("seed", torch.zeros(2, dtype=torch.int64)),
+    "strided seed": ("seed", torch.tensor([1]).expand(4)),
+    "too many elements": ("mu", torch.zeros(1).expand(2**63 - 1)),
+    "a stride too far": ("mu", torch.empty(0).as_strided((0, 4), (1, 2**62))),
 }
 
 
 @pytest.mark.parametrize("case", BINDING)
-def test_binding_refuses_what_a_kernel_cannot_read(case):
-    changed, words = BINDING[case]
-    changed = {name: value() if callable(value) else value for name, value in changed.items()}
-    with pytest.raises(ValueError, match=f"reparam_kernels._C: .*{words}"):
-        call_forward(**changed)
+def test_binding_names_the_argument_that_a_kernel_cannot_read(case):
+    name, value = BINDING[case]
+    refused = "mu_p" if case == "half a prior" else name
+    with pytest.raises(_C.InvalidArgument, match=f"^{refused}$"):
+        call_forward(**{name: value() if callable(value) else value})
 
 
-def test_binding_refuses_overlapping_gradients():
+def test_binding_refuses_eps_of_another_shape():
+    with pytest.raises(_C.InvalidArgument, match=r"^eps$"):
+        call_forward(seed=None, eps=torch.zeros(2, 4, 3))
+
+
+def test_binding_refuses_overlapping_gradients_and_those_of_no_prior():
     options = _C.Options(_C.Param.logvar, 0.0, False, 0.0, 0.0)
     mu, seed = torch.zeros(4, 3), torch.tensor([1])
     overlap = torch.zeros(3).expand(4, 3)
-    with pytest.raises(ValueError, match="dmu must have no overlap"):
-        _C.backward(options, mu, mu, None, None, seed, None, mu, None, overlap, None, None, None, 1)
-    with pytest.raises(ValueError, match="the prior's gradients need a prior"):
-        _C.backward(options, mu, mu, None, None, seed, None, mu, None, None, None, mu.clone(), None, 1)
+    with pytest.raises(_C.InvalidArgument, match=r"^dmu$"):
+        _C.latent_backward(options, 1, mu, mu, None, None, seed, None, mu, None, overlap, None, None, None)
+    with pytest.raises(_C.InvalidArgument, match=r"^dmu_p$"):
+        _C.latent_backward(options, 1, mu, mu, None, None, seed, None, mu, None, None, None, mu.clone(), None)
 
 
 def test_binding_refuses_an_unknown_instruction_set():
-    with pytest.raises(ValueError, match="instruction set: must be one that this CPU and build have"):
-        _C.use("mmx")
+    with pytest.raises(_C.InvalidArgument, match=r"^isa$"):
+        _C.set_isa("mmx")
+
+
+def without_memory():
+    t = torch.zeros(4, 3)
+    t.untyped_storage().resize_(0)
+    return t
+
+
+REFUSED = {
+    "no memory": (without_memory, r"mu must have memory; got a storage of 0 bytes\."),
+    "too many elements": (
+        lambda: torch.zeros(1).expand(2**63 - 1),
+        r"mu must have at most 64 dims and 2\*\*62 elements",
+    ),
+    "a stride too far": (
+        lambda: torch.empty(0).as_strided((0, 4), (1, 2**62)),
+        r"mu must have .* span less than 2\*\*62;",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refusal_of_the_extension_is_explained(case):
+    make, words = REFUSED[case]
+    with pytest.raises(ValueError, match=f"^reparam_kernels: {words}"):
+        rk.kl_divergence(make(), make())
+
+
+@pytest.mark.parametrize(
+    ("dz", "words"),
+    [
+        (torch.ones(4, 3).to_sparse(), r"dense tensor on the CPU; got torch\.sparse_coo on cpu\."),
+        (fake(), r"plain torch\.Tensor; got FakeTensor\."),
+    ],
+)
+def test_a_refused_gradient_is_explained(dz, words):
+    z = rk.reparameterize(torch.zeros(4, 3, requires_grad=True), torch.zeros(4, 3), seed=1)
+    with pytest.raises(ValueError, match=f"^reparam_kernels: dz must be a {words}"):
+        z.backward(dz)
+
+
+def test_a_refusal_of_two_tensors_that_do_not_fit_is_explained():
+    mu, x = torch.zeros(4, 3), torch.zeros(4, 2)
+    call = prepare("test", mu, mu, kl=True)._replace(x=x)
+    with pytest.raises(ValueError, match=r"^reparam_kernels: x must fit the other tensors .* shape \(4, 2\)"):
+        cpu.forward(call)

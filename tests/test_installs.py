@@ -147,7 +147,7 @@ from reparam_kernels.__main__ import report; report()
 def test_an_unknown_instruction_set_is_an_error(asked):
     from reparam_kernels import _C
 
-    has = ", ".join(_C.available())
+    has = ", ".join(_C.available_isas())
     assert (
         f"ValueError: instruction set: must be one that this CPU and build have ({has}); got '{asked}'. "
         "Correct or unset REPARAM_CPU_ISA."
@@ -167,13 +167,13 @@ spec = importlib.util.spec_from_file_location("reparam_kernels._C", {_C.__file__
 _C = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(_C)
 try:
-    _C.use("avx512")
+    _C.set_isa("avx512")
 except ValueError as error:
-    print(_C.isa(), "got 'avx512'" in str(error), _C.noise(7, 5, 1000).hex())
+    print(_C.isa(), str(error) == "isa", _C.test_eps(7, 5, 1000).hex())
 """
     command = ["qemu-x86_64", "-cpu", cpu, sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.stdout.split() == [isa, "True", _C.noise(7, 5, 1000).hex()], done.stderr
+    assert done.stdout.split() == [isa, "True", _C.test_eps(7, 5, 1000).hex()], done.stderr
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ EDGES = np.array([0, 1, 2, 2**31 - 2, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 2, 2*
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
 def test_philox_gives_the_published_words(isa, counter, key, words):
-    assert tuple(_C.philox(counter, key)) == words
+    assert tuple(_C.test_philox(counter, key)) == words
     assert tuple(int(w) for w in oracle.philox(counter, key)) == words
     as_tensors = [torch.tensor(c) for c in counter], [torch.tensor(k) for k in key]
     assert tuple(int(w) for w in reference.philox4x32_10(*as_tensors)) == words
@@ -59,7 +59,7 @@ def test_eps_is_exact_for_edge_words_in_every_position(isa):
     near = EDGES.astype(np.uint64)
     x, y = np.meshgrid(np.concatenate([EDGES, (near * 3 % 2**32).astype(np.uint32)]), EDGES)
     x, y = x.reshape(-1), y.reshape(-1)
-    got = np.frombuffer(_C.box_muller(x.tobytes(), y.tobytes()), dtype=np.float32).reshape(-1, 2)
+    got = np.frombuffer(_C.test_box_muller(x.tobytes(), y.tobytes()), dtype=np.float32).reshape(-1, 2)
     np.testing.assert_array_equal(got.T, oracle.box_muller(x, y))
     r, cosine, sine = oracle.exact_pair(x, y)
     assert np.isfinite(got).all()
@@ -74,7 +74,7 @@ def test_eps_is_within_the_contract_s_accuracy(isa):
     x[: 2**16] = np.uint32(2**32 - 1) - np.arange(2**16, dtype=np.uint32)  # u near 1, where the logarithm vanishes
     x[2**16 : 2**17] = np.arange(2**16, dtype=np.uint32)
     y = rng.integers(0, 2**32, 1_000_000, dtype=np.uint32)
-    got = np.frombuffer(_C.box_muller(x.tobytes(), y.tobytes()), dtype=np.float32).reshape(-1, 2)
+    got = np.frombuffer(_C.test_box_muller(x.tobytes(), y.tobytes()), dtype=np.float32).reshape(-1, 2)
     r, cosine, sine = oracle.exact_pair(x, y)
     assert (np.abs(got[:, 0] - cosine) / r).max() <= 5e-7
     assert (np.abs(got[:, 1] - sine) / r).max() <= 5e-7
@@ -92,7 +92,7 @@ def window(out_ptr, seed_ptr, first_group, BLOCK: tl.constexpr):
 def test_eps_has_the_oracle_s_bits_across_the_carry_of_the_counter(isa, first):
     """Element 2^34 is counter 2^32: what a tensor of that size would hold, without the tensor."""
     expected = oracle.randn(5, 40, first=first)
-    np.testing.assert_array_equal(np.frombuffer(_C.noise(5, first, 40), dtype=np.float32), expected)
+    np.testing.assert_array_equal(np.frombuffer(_C.test_eps(5, first, 40), dtype=np.float32), expected)
     out = torch.zeros(64)
     window[(1,)](out, torch.tensor([5]), first // 4, BLOCK=64)
     np.testing.assert_array_equal(out.numpy()[first % 4 :][:40], expected)

@@ -31,8 +31,8 @@ FEW, FEW_SOFTPLUS, FEW_WIDE = 16, 24, 64
 DRAW = ("sample_shape", "seed", "eps")
 
 small = st.lists(st.integers(0, 6), max_size=4).map(tuple)
-across_pieces = st.sampled_from([(1024,), (1030,), (2, 1029), (3, 700), (40, 33), (5, 3, 70)])
-shapes = st.one_of(*[small] * 7, across_pieces)
+across_chunks = st.sampled_from([(1024,), (1030,), (2, 1029), (3, 700), (40, 33), (5, 3, 70)])
+shapes = st.one_of(*[small] * 7, across_chunks)
 
 
 @st.composite

@@ -32,7 +32,7 @@ _CUT_OFF = _spec is not None and _spec.origin is not None and cut_off(Path(_spec
 if _CUT_OFF:
     sys.modules["reparam_kernels._C"] = None  # type: ignore[assignment]  # importing it is an ImportError from here on
 with contextlib.suppress(ImportError):  # cpu_missing says why
-    from .. import _C  # noqa: F401  # now, since it must see every fork: csrc/dispatch.cpp
+    from .. import _C  # noqa: F401  # now, since it must see every fork: csrc/core/dispatch.cpp
 
 NAMES = ("cpu", "triton", "reference")
 FORCED = os.environ.get("REPARAM_BACKEND")

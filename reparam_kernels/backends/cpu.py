@@ -1,5 +1,6 @@
 """The C++ kernels of csrc/: allocates the outputs, hands the tensors over."""
 
+import math
 import os
 from collections.abc import Sequence
 from functools import lru_cache
@@ -16,8 +17,14 @@ except (AttributeError, ValueError, RuntimeError) as error:  # another torch tha
     raise ImportError(
         f"torch {torch.__version__} does not lend its tensors as the extension reads them: {error}"
     ) from error
-if "REPARAM_CPU_ISA" in os.environ:
-    _C.use(os.environ["REPARAM_CPU_ISA"])
+_isa = os.environ.get("REPARAM_CPU_ISA")
+if _isa is not None:
+    if _isa not in _C.available_isas():
+        raise ValueError(
+            f"instruction set: must be one that this CPU and build have ({', '.join(_C.available_isas())}); "
+            f"got {_isa!r}. Correct or unset REPARAM_CPU_ISA."
+        )
+    _C.set_isa(_isa)
 
 
 @lru_cache(maxsize=256)
@@ -28,7 +35,10 @@ def _options(param: str, min_std: float, clamp: tuple[float, float] | None) -> _
 
 def randn(out: Tensor, seed: Tensor) -> None:
     """Fills `out`, contiguous, with the noise of `seed`."""
-    _C.randn(seed, out, torch.get_num_threads())
+    try:
+        _C.randn(seed, out, torch.get_num_threads())
+    except _C.InvalidArgument as refusal:
+        raise explained(refusal, {"seed": seed, "out": out}) from None
 
 
 def empty(like: Tensor) -> Tensor:
@@ -50,10 +60,12 @@ def forward(call: Call) -> tuple[Tensor | None, Tensor | None]:
         z = mu.new_empty(spec.sample_shape + mu.shape) if spec.sample_shape else empty(mu)
     if spec.kl:
         kl = empty_kl(mu, spec.event_ndim)
-    _C.forward(
-        _options(spec.param, spec.min_std, spec.clamp), mu, x, mu_p, x_p, call.seed, call.eps, z, kl,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    options = _options(spec.param, spec.min_std, spec.clamp)
+    try:
+        _C.latent_forward(options, torch.get_num_threads(), mu, x, mu_p, x_p, call.seed, call.eps, z, kl)
+    except _C.InvalidArgument as refusal:
+        tensors = {"mu": mu, "x": x, "mu_p": mu_p, "x_p": x_p, "seed": call.seed, "eps": call.eps, "z": z, "kl": kl}
+        raise explained(refusal, tensors) from None
     return z, kl
 
 
@@ -74,8 +86,34 @@ def backward(
         dmu_p = prior_gradient(call.mu_p, mu) if wanted[2] else None
         dx_p = prior_gradient(call.x_p, mu) if wanted[3] else None
     seed, eps = (None, None) if dz is None else (call.seed, call.eps)
-    _C.backward(
-        _options(call.spec.param, call.spec.min_std, call.spec.clamp), mu, x, mu_p, x_p, seed, eps, dz, dkl, dmu, dx,
-        dmu_p, dx_p, torch.get_num_threads(),
-    )  # fmt: skip
+    options = _options(call.spec.param, call.spec.min_std, call.spec.clamp)
+    try:
+        _C.latent_backward(options, torch.get_num_threads(), mu, x, mu_p, x_p, seed, eps, dz, dkl, dmu, dx, dmu_p, dx_p)
+    except _C.InvalidArgument as refusal:
+        tensors = {"mu": mu, "x": x, "mu_p": mu_p, "x_p": x_p, "seed": seed, "eps": eps, "dz": dz, "dkl": dkl}
+        raise explained(refusal, tensors) from None
     return (dmu, dx, dmu_p, dx_p) if call.x is not None else (packed, None, dmu_p, dx_p)
+
+
+def explained(refusal: Exception, tensors: dict[str, Tensor | None]) -> ValueError:
+    """The error for a call that the extension refused: a refusal only names the argument, and this finds out why."""
+    name = str(refusal)
+    must, got = _fault(tensors.get(name))
+    return ValueError(
+        f"reparam_kernels: {name} must {must}; got {got}. Pass plain, dense CPU tensors that hold their memory."
+    )
+
+
+def _fault(t: Tensor | None) -> tuple[str, str]:
+    """What a tensor must be that the kernels can read, and what this one is."""
+    if t is None or type(t) not in (Tensor, torch.nn.Parameter):
+        return "be a plain torch.Tensor", type(t).__name__
+    if t.layout is not torch.strided or t.device.type != "cpu":
+        return "be a dense tensor on the CPU", f"{t.layout} on {t.device}"
+    steps = [max(size - 1, 0) for size in t.shape]
+    span = sum(step * abs(stride) for step, stride in zip(steps, t.stride(), strict=True))
+    if t.dim() > 64 or math.prod(step + 1 for step in steps) > 2**62 or span >= 2**62:
+        return "have at most 64 dims and 2**62 elements, and span less than 2**62", f"shape {tuple(t.shape)}"
+    if t.numel() > 0 and t.untyped_storage().data_ptr() == 0:
+        return "have memory", f"a storage of {t.untyped_storage().nbytes()} bytes"
+    return "fit the other tensors of the call", f"{t.dtype}, shape {tuple(t.shape)}, strides {t.stride()}"

@@ -1,9 +1,9 @@
-// Runs the kernels over every option on made-up inputs and writes each output's bytes to stdout: two builds agree where
-// their outputs do.
+// Runs the kernels over every option on made-up inputs and writes each output's bytes to stdout, so that two builds can
+// be compared.
 #include <cstdio>
 #include <vector>
 
-#include "dispatch.h"
+#include "ops/latent.h"
 
 using namespace reparam;
 
@@ -50,17 +50,17 @@ void call(Dtype dtype, Param param, bool prior, bool clamped, int64_t cols, int6
   Buffer kl(Dtype::f32, kRows), dkl(Dtype::f32, kRows), dmu(dtype, n), dx(dtype, n), dmu_p(dtype, n), dx_p(dtype, n);
   mu.fill(1, false), x.fill(2, positive), mu_p.fill(3, false), x_p.fill(4, positive), dz.fill(5, false),
       dkl.fill(6, false);
-  Problem p;
-  p.options = {param, .125, clamped, -.5, 1};
-  p.n = n, p.samples = samples, p.cols = cols, p.group = cols, p.seed = seeds;
-  p.mu = mu.t, p.x = x.t;
-  if (prior) p.mu_p = mu_p.t, p.x_p = x_p.t;
-  Problem back = p;
-  p.z = z.t, p.kl = kl.t;
-  run(Op::forward, p, threads);
+  LatentArguments a;
+  a.options = {param, .125, clamped, -.5, 1};
+  a.n = a.eps.n = n, a.samples = samples, a.rows = kRows, a.cols = cols, a.eps.group = cols, a.eps.seed = seeds;
+  a.mu = mu.t, a.x = x.t;
+  if (prior) a.mu_p = mu_p.t, a.x_p = x_p.t;
+  LatentArguments back = a;
+  a.z = z.t, a.kl = kl.t;
+  latent().forward(a, threads);
   back.dz = dz.t, back.dkl = dkl.t, back.dmu = dmu.t, back.dx = dx.t;
   if (prior) back.dmu_p = dmu_p.t, back.dx_p = dx_p.t;
-  run(Op::backward, back, threads);
+  latent().backward(back, threads);
   for (const Buffer* b : {&z, &kl, &dmu, &dx, &dmu_p, &dx_p}) b->write();
 }
 

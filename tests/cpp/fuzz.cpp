@@ -7,7 +7,8 @@
 #include <memory>
 
 #include "bytes.h"
-#include "dispatch.h"
+#include "ops/latent.h"
+#include "ops/noise.h"
 
 using namespace reparam;
 
@@ -97,10 +98,20 @@ struct Tensor {
 
 using Results = std::vector<std::vector<uint8_t>>;
 
+enum class Op { randn, forward, backward };
+
+void run(Op op, const LatentArguments& a, int threads) {
+  switch (op) {
+    case Op::randn: return noise().fill({a.eps, a.use_f64, a.z}, threads);
+    case Op::forward: return latent().forward(a, threads);
+    case Op::backward: return latent().backward(a, threads);
+  }
+}
+
 // Runs the call with outputs that hold `filling` and gives back their elements, NaNs made alike.
-Results results(Op op, Problem p, int threads, std::vector<Tensor*>& outputs, uint8_t filling) {
+Results results(Op op, const LatentArguments& a, int threads, std::vector<Tensor*>& outputs, uint8_t filling) {
   for (Tensor* t : outputs) std::memset(t->memory.get(), filling, t->bytes());
-  run(op, p, threads);
+  run(op, a, threads);
   Results all;
   for (Tensor* t : outputs) {
     const size_t size = (size_t)width(t->dtype);
@@ -135,25 +146,25 @@ void call(Bytes& in) {
   Shape z_shape;
   for (int i = in.below(3); i > 0 && (int)shape.size() + i <= kMaxDims && op != Op::randn; --i)
     z_shape.push_back(in.below(4));
-  Problem p;
-  p.samples = product(z_shape);
+  LatentArguments a;
+  a.samples = product(z_shape);
   z_shape.insert(z_shape.end(), shape.begin(), shape.end());
-  p.wide = dtype == Dtype::f64;
-  p.n = product(shape);
-  if (p.n == 0) return;  // the binding's own affair
-  p.options.param = (Param)in.below(4);
-  p.options.min_std = in.real(), p.options.clamped = in.flip(), p.options.low = in.real(), p.options.high = in.real();
+  a.use_f64 = dtype == Dtype::f64;
+  a.n = a.eps.n = product(shape);
+  if (a.n == 0) return;  // only forward has something to do, and the fuzzer of the binding tests it
+  a.options.param = (Param)in.below(4);
+  a.options.min_std = in.real(), a.options.clamped = in.flip(), a.options.low = in.real(), a.options.high = in.real();
   const bool from_z = op == Op::randn || in.flip(), kl = op != Op::randn && (!from_z || in.flip());
   const bool given = op != Op::randn && from_z && in.flip(), prior = op != Op::randn && in.flip();
   const Dtype prior_dtype = in.flip() ? sums : dtype;
   Shape row(shape.begin(), shape.begin() + in.below((int)shape.size() + 1));
-  if (kl) p.cols = p.n / product(row);
+  if (kl) a.rows = product(row), a.cols = a.n / a.rows;
 
   const int64_t items = !shape.empty() && in.flip() ? shape[0] : 1;
   std::unique_ptr<int64_t[]> seed(new int64_t[items]);
   uint64_t state = in.word();
   for (int64_t i = 0; i < items; ++i) seed[i] = (int64_t)mix(state);
-  if (from_z && !given) p.seed = seed.get(), p.group = p.n / items;
+  if (from_z && !given) a.eps.seed = seed.get(), a.eps.group = a.n / items;
 
   const bool wild = in.flip();
   std::vector<std::unique_ptr<Tensor>> tensors;
@@ -172,19 +183,19 @@ void call(Bytes& in) {
     to = outputs.back()->operand();
   };
   if (op != Op::randn) {
-    read(true, p.mu, shape, dtype), read(true, p.x, shape, dtype);
-    read(prior, p.mu_p, shape, prior_dtype), read(prior, p.x_p, shape, prior_dtype);
-    read(given, p.eps, z_shape, dtype);
+    read(true, a.mu, shape, dtype), read(true, a.x, shape, dtype);
+    read(prior, a.mu_p, shape, prior_dtype), read(prior, a.x_p, shape, prior_dtype);
+    read(given, a.eps.given, z_shape, dtype);
   }
   if (op == Op::backward) {
-    read(from_z && p.samples > 0, p.dz, z_shape, dtype), read(kl, p.dkl, row, sums);
-    write(in.flip(), p.dmu, shape, dtype, true), write(in.flip(), p.dx, shape, dtype, true);
+    read(from_z && a.samples > 0, a.dz, z_shape, dtype), read(kl, a.dkl, row, sums);
+    write(in.flip(), a.dmu, shape, dtype, true), write(in.flip(), a.dx, shape, dtype, true);
     const Dtype type = in.flip() ? sums : dtype;
-    write(prior && kl && in.flip(), p.dmu_p, shape, type, true);
-    write(prior && kl && in.flip(), p.dx_p, shape, type, true);
+    write(prior && kl && in.flip(), a.dmu_p, shape, type, true);
+    write(prior && kl && in.flip(), a.dx_p, shape, type, true);
   } else {
-    write(from_z, p.z, z_shape, dtype, false);
-    write(kl, p.kl, row, sums, false);
+    write(from_z, a.z, z_shape, dtype, false);
+    write(kl, a.kl, row, sums, false);
   }
 
   std::vector<std::vector<uint8_t>> before;
@@ -192,9 +203,9 @@ void call(Bytes& in) {
   const int counts[] = {1, 2, 3, 0, -1, 7, INT32_MAX};
   const int threads = counts[in.below(7)];
   Results first;
-  for (const std::string& isa : available()) {
-    use(isa);
-    const Results one = results(op, p, 1, outputs, 0x55), two = results(op, p, threads, outputs, 0xaa);
+  for (const std::string& isa : available_isas()) {
+    set_isa(isa);
+    const Results one = results(op, a, 1, outputs, 0x55), two = results(op, a, threads, outputs, 0xaa);
     MUST(one == two);
     if (first.empty()) first = one;
     MUST(one == first);
@@ -203,17 +214,17 @@ void call(Bytes& in) {
     MUST(before[i].empty() || !std::memcmp(before[i].data(), inputs[i]->memory.get(), before[i].size()));
 }
 
-// Pieces cover all the elements, without overlap, whatever the sizes: the arithmetic alone, no memory.
-void pieces(Bytes& in) {
+// Chunks cover all the elements, without overlap, whatever the sizes: the arithmetic alone, no memory.
+void chunks(Bytes& in) {
   constexpr uint64_t kMost = (uint64_t)1 << 62;  // the binding takes no more elements
   const uint64_t a = in.word() >> in.below(64), b = in.word() >> in.below(64);
   const uint64_t cols = a % kMost + 1, rows = b % (kMost / cols) + 1;
-  const Pieces all((int64_t)(rows * cols), (int64_t)cols);
+  const Chunks all((int64_t)(rows * cols), (int64_t)cols);
   MUST(all.count > 0 && all.rows == (int64_t)rows && all.begin(0) == 0 &&
        all.end(all.count - 1) == all.rows * all.cols);
   for (int64_t i : {(int64_t)0, all.count / 2, (int64_t)(in.word() % (uint64_t)all.count), all.count - 1}) {
     const int64_t n = all.end(i) - all.begin(i);
-    MUST(n > 0 && n <= kPiece);
+    MUST(n > 0 && n <= kChunk);
     if (i > 0) MUST(all.end(i - 1) == all.begin(i));
     if (all.per_row == 1) MUST(all.begin(i) % all.cols == 0 && n % all.cols == 0);
     if (all.per_row > 1)
@@ -224,12 +235,12 @@ void pieces(Bytes& in) {
 // A window of the noise, anywhere in a stream.
 void window(Bytes& in) {
   const int64_t seed = (int64_t)in.word(), start = (int64_t)(in.word() >> 1 >> in.below(63));
-  const int n = 1 + (int)(in.word() % kPiece);
+  const int n = 1 + (int)(in.word() % kChunk);
   std::vector<float> first;
-  for (const std::string& isa : available()) {
-    use(isa);
+  for (const std::string& isa : available_isas()) {
+    set_isa(isa);
     std::unique_ptr<float[]> eps(new float[n]);
-    kernels().noise(seed, start, n, eps.get());
+    noise().test_eps(seed, start, n, eps.get());
     for (int i = 0; i < n; ++i) MUST(eps[i] > -6.8f && eps[i] < 6.8f);
     std::vector<float> here(eps.get(), eps.get() + n);
     if (first.empty()) first = here;
@@ -242,7 +253,7 @@ void window(Bytes& in) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Bytes in{data, size};
   switch (in.below(8)) {
-    case 0: pieces(in); break;
+    case 0: chunks(in); break;
     case 1: window(in); break;
     default: call(in);
   }

@@ -10,7 +10,7 @@
 #include <string>
 
 #include "bytes.h"
-#include "dlpack.h"
+#include "core/dlpack.h"
 
 namespace py = pybind11;
 using namespace reparam;
@@ -249,9 +249,9 @@ struct Call {
   void finish(const char* name, const py::object& options) {
     if (!settle()) return;
     py::list args;
-    if (options) args.append(options);
+    if (options) args.append(options), args.append(threads());
     for (const Argument& a : arguments) args.append(a.object);
-    args.append(threads());
+    if (!options) args.append(threads());
     if (in.below(32) == 31) args.append(py::none());
     std::vector<uint8_t> one, two;
     const bool done = run(name, py::tuple(args), 0x55, one);
@@ -315,14 +315,14 @@ void call(Bytes& in) {
   add(given, z_shape, dtype, layout());
   if (op == 0) {
     add(from_z, z_shape, dtype, Layout::whole, true), add(kl, row, sums, Layout::whole, true);
-    return c.finish("forward", options_of(in));
+    return c.finish("latent_forward", options_of(in));
   }
   add(from_z, z_shape, dtype, layout()), add(kl, row, sums, layout());
   add(in.flip(), shape, dtype, Layout::gaps, true), add(in.flip(), shape, dtype, Layout::gaps, true);
-  const int wide = in.flip() ? sums : dtype;
-  add(prior && kl && in.flip(), shape, wide, Layout::gaps, true);
-  add(prior && kl && in.flip(), shape, wide, Layout::gaps, true);
-  c.finish("backward", options_of(in));
+  const int prior_grad_dtype = in.flip() ? sums : dtype;
+  add(prior && kl && in.flip(), shape, prior_grad_dtype, Layout::gaps, true);
+  add(prior && kl && in.flip(), shape, prior_grad_dtype, Layout::gaps, true);
+  c.finish("latent_backward", options_of(in));
 }
 
 py::object scalar(Bytes& in) {
@@ -341,14 +341,14 @@ py::object scalar(Bytes& in) {
 void windows(Bytes& in) {
   try {
     switch (in.below(6)) {
-      case 0: binding.attr("noise")(scalar(in), scalar(in), scalar(in)); break;
-      case 1: binding.attr("noise")(in.word() >> 1, in.word() >> 1 >> in.below(63), 1 + in.word() % 1024); break;
+      case 0: binding.attr("test_eps")(scalar(in), scalar(in), scalar(in)); break;
+      case 1: binding.attr("test_eps")(in.word() >> 1, in.word() >> 1 >> in.below(63), 1 + in.word() % 1024); break;
       case 2: {
         std::string radius((size_t)(4 * in.byte()), '\0'), angle(radius);
         for (std::string* words : {&radius, &angle})
           for (char& c : *words) c = (char)in.byte();
         if (in.below(4) == 3) angle.resize((size_t)in.byte());
-        binding.attr("box_muller")(py::bytes(radius), py::bytes(angle));
+        binding.attr("test_box_muller")(py::bytes(radius), py::bytes(angle));
         break;
       }
       case 3: {
@@ -357,12 +357,12 @@ void windows(Bytes& in) {
           counter.append(in.below(8) ? (py::object)py::int_((uint32_t)in.word()) : scalar(in));
         for (int i = in.below(8) ? 2 : in.byte(); i > 0; --i)
           key.append(in.below(8) ? (py::object)py::int_((uint32_t)in.word()) : scalar(in));
-        binding.attr("philox")(counter, key);
+        binding.attr("test_philox")(counter, key);
         break;
       }
       case 4: {
         const py::object isa = in.flip() ? binding.attr("isa")() : scalar(in);
-        binding.attr("use")(isa);
+        binding.attr("set_isa")(isa);
         MUST(binding.attr("isa")().equal(isa));
         break;
       }

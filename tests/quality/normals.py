@@ -178,7 +178,7 @@ def many_seeds(n):
 def tail_of_the_map():
     """No sample: P(|eps| > b) over all 2^64 pairs of words, from the kernels' own radii, against theory."""
     x = np.arange(2**21, dtype=np.uint32)  # every radius beyond 3.9
-    pairs = np.frombuffer(_C.box_muller(x.tobytes(), np.zeros_like(x).tobytes()), dtype=np.float32).reshape(-1, 2)
+    pairs = np.frombuffer(_C.test_box_muller(x.tobytes(), np.zeros_like(x).tobytes()), dtype=np.float32).reshape(-1, 2)
     r = np.hypot(pairs[:, 0].astype(np.float64), pairs[:, 1])
     for bound in BOUNDS:
         chance = (2 / np.pi * np.arccos(bound / r[r > bound])).sum() / 2**32

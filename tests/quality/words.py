@@ -27,9 +27,9 @@ def check_the_source():
     """The words tested here are made in numpy: they must be the published ones, and the kernels'."""
     for line in KNOWN:
         counter, key, words = ([int(w, 16) for w in part.split()] for part in line)
-        assert [int(w) for w in oracle.philox(counter, key)] == words == list(_C.philox(counter, key))
+        assert [int(w) for w in oracle.philox(counter, key)] == words == list(_C.test_philox(counter, key))
     for c in np.random.default_rng(0).integers(0, 2**32, (1000, 6), dtype=np.uint64).tolist():
-        assert [int(w) for w in oracle.philox(c[:4], c[4:])] == list(_C.philox(c[:4], c[4:]))
+        assert [int(w) for w in oracle.philox(c[:4], c[4:])] == list(_C.test_philox(c[:4], c[4:]))
     for seed in (0, 1, BASE):
         assert np.array_equal(rk.randn(2**20, seed=seed).numpy(), oracle.randn(seed, 2**20))
 

@@ -1,10 +1,10 @@
-// Philox4x32-10: random words named by a key and a counter (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as
-// easy as 1, 2, 3", SC 2011). Words only; math.h makes normals of them.
+// Philox4x32-10: random words from a key and a counter (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy
+// as 1, 2, 3", SC 2011).
 #pragma once
 #include <cstdint>
 #include <cstring>
 
-#include "problem.h"
+#include "core/inline.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -15,10 +15,10 @@
 #endif
 
 namespace reparam {
-namespace {  // each instruction set compiles its own copy
+namespace {
 
 // Each 32-bit word sits in the low half of a 64-bit lane, so one widening multiply gives both halves of a product. The
-// high halves may hold rubbish: multiplication does not read them.
+// high halves may hold anything, since the multiplication does not read them.
 #if defined(__AVX512F__)
 constexpr int kLanes = 8;
 #elif defined(__AVX2__)
@@ -95,7 +95,7 @@ REPARAM_INLINE void philox_block(int64_t seed, uint64_t first, uint32_t* radius,
 
 constexpr int kBlock = 8 * kLanes;  // counters
 
-// Writes up to kBlock counters more than asked for.
+// Makes whole blocks, so it writes the words of up to kBlock counters more than asked for.
 inline void philox_words(int64_t seed, uint64_t first, int count, uint32_t* radius, uint32_t* angle) {
   int i = 0;
   for (; i + kBlock / 2 < count; i += kBlock) philox_block<8>(seed, first + (uint64_t)i, radius + 2 * i, angle + 2 * i);

@@ -1,0 +1,128 @@
+#include "core/borrowed_tensor.h"
+
+#include <string>
+
+namespace py = pybind11;
+
+namespace reparam {
+namespace {
+
+const dlpack::ExchangeApi* exchange = nullptr;
+PyObject *tensor_type = nullptr, *parameter_type = nullptr;
+
+// The most elements of a tensor, and its widest span; beyond it the arithmetic of the kernels would overflow.
+constexpr int64_t kMost = (int64_t)1 << 62;
+
+// A view may claim any size through strides of 0, and an empty one may have any strides. An empty dim counts as one, so
+// that the product of any of the dims stays in bounds.
+bool extent_is_valid(const dlpack::Tensor& t) {
+  int64_t n = 1, span = 0;
+  for (int i = 0; i < t.ndim; ++i) {
+    const int64_t size = t.shape[i], steps = size > 1 ? size - 1 : 0;
+    int64_t reach;
+    if (size < 0) return false;
+    if (__builtin_mul_overflow(n, steps + 1, &n) || n > kMost) return false;
+    if (__builtin_mul_overflow(steps, t.strides[i], &reach) || reach <= -kMost || reach >= kMost) return false;
+    if ((span += reach < 0 ? -reach : reach) >= kMost) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+void throw_invalid(const char* name) { throw InvalidArgument(name); }
+
+void bind_tensor_type(py::type tensor, py::type parameter) {
+  const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
+  const auto* api = (const dlpack::ExchangeApi*)PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+  if (!api) throw py::error_already_set();
+  if (api->major != 1) throw std::runtime_error("unknown DLPack version " + std::to_string(api->major));
+  exchange = api;
+  tensor_type = tensor.release().ptr();
+  parameter_type = parameter.release().ptr();
+}
+
+BorrowedTensor::BorrowedTensor(const char* argument, py::handle object) {
+  if (object.is_none()) return;
+  name = argument;
+  PyObject* type = (PyObject*)Py_TYPE(object.ptr());
+  if (type != tensor_type && type != parameter_type) throw_invalid(name);  // true of all until a type is bound
+  if (exchange->borrow(object.ptr(), &t) != 0) {
+    PyErr_Clear();  // meta and sparse tensors, among others
+    throw_invalid(name);
+  }
+  if (t.device_type != dlpack::kCpu || t.ndim < 0 || t.ndim > kMaxDims) throw_invalid(name);
+  if ((t.ndim > 0 && !t.strides) || !extent_is_valid(t)) throw_invalid(name);
+  if (numel() == 0) return;
+  if (!t.data) throw_invalid(name);
+  t.data = (char*)t.data + t.byte_offset;
+}
+
+Dtype BorrowedTensor::dtype() const {
+  if (t.code == dlpack::kFloat && t.lanes == 1 && t.bits == 16) return Dtype::f16;
+  if (t.code == dlpack::kFloat && t.lanes == 1 && t.bits == 32) return Dtype::f32;
+  if (t.code == dlpack::kFloat && t.lanes == 1 && t.bits == 64) return Dtype::f64;
+  if (t.code == dlpack::kBfloat && t.lanes == 1 && t.bits == 16) return Dtype::bf16;
+  throw_invalid(name);
+}
+
+int64_t BorrowedTensor::product(int from, int to) const {
+  int64_t n = 1;
+  for (int i = from; i < to; ++i) n *= t.shape[i];
+  return n;
+}
+
+bool BorrowedTensor::same_sizes(int from, const BorrowedTensor& other, int other_from, int count) const {
+  for (int i = 0; i < count; ++i) {
+    if (t.shape[from + i] != other.t.shape[other_from + i]) return false;
+  }
+  return true;
+}
+
+// Drops dims of size 1 and merges neighbours.
+Operand BorrowedTensor::operand() const {
+  Operand o;
+  if (!name) return o;
+  o.data = t.data;
+  o.dtype = dtype();
+  for (int i = 0; i < t.ndim; ++i) {
+    const int64_t size = t.shape[i], stride = t.strides[i];
+    if (size == 1) continue;
+    if (o.ndim > 0 && o.stride[o.ndim - 1] == size * stride) {
+      o.size[o.ndim - 1] *= size;
+      o.stride[o.ndim - 1] = stride;
+    } else {
+      o.size[o.ndim] = size;
+      o.stride[o.ndim++] = stride;
+    }
+  }
+  return o;
+}
+
+void BorrowedTensor::check_dtype(Dtype want) const {
+  if (name && dtype() != want) throw_invalid(name);
+}
+
+void BorrowedTensor::check_shape(const BorrowedTensor& other) const {
+  if (name && (t.ndim != other.t.ndim || !same_sizes(0, other, 0, t.ndim))) throw_invalid(name);
+}
+
+void BorrowedTensor::check_contiguous() const {
+  if (!name || numel() == 0) return;
+  int64_t stride = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    if (t.shape[i] != 1 && t.strides[i] != stride) throw_invalid(name);
+    stride *= t.shape[i];
+  }
+}
+
+void BorrowedTensor::check_no_overlap() const {
+  if (!name || numel() == 0) return;
+  for (int i = 0; i < t.ndim; ++i) {
+    int64_t inner = 1;
+    for (int k = i + 1; k < t.ndim; ++k) inner += (t.shape[k] - 1) * t.strides[k];
+    if (t.shape[i] > 1 && t.strides[i] < inner) throw_invalid(name);
+  }
+}
+
+}  // namespace reparam

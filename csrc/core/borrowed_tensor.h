@@ -1,0 +1,44 @@
+// A tensor of Python, read through DLPack for the length of a call, and the checks that make it safe to read. A check
+// that fails throws InvalidArgument, which names the argument and says no more: backends/cpu.py explains it.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+
+#include "core/dlpack.h"
+#include "core/operand.h"
+
+namespace reparam {
+
+struct InvalidArgument : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+[[noreturn]] void throw_invalid(const char* name);
+
+// Sets the types whose instances are tensors; `tensor` has the exchange table of DLPack.
+void bind_tensor_type(pybind11::type tensor, pybind11::type parameter);
+
+struct BorrowedTensor {
+  const char* name = nullptr;  // null if None was passed
+  dlpack::Tensor t{};
+
+  BorrowedTensor() = default;
+  BorrowedTensor(const char* name, pybind11::handle object);
+
+  explicit operator bool() const { return name != nullptr; }
+  Dtype dtype() const;
+  bool is_int64() const { return t.code == dlpack::kInt && t.bits == 64 && t.lanes == 1; }
+  int64_t numel() const { return product(0, t.ndim); }
+  int64_t product(int from, int to) const;  // of the sizes of these dims
+  bool same_sizes(int from, const BorrowedTensor& other, int other_from, int count) const;
+  Operand operand() const;  // absent for None
+
+  // Each of these holds for None.
+  void check_dtype(Dtype) const;
+  void check_shape(const BorrowedTensor& other) const;
+  void check_contiguous() const;
+  void check_no_overlap() const;  // between elements; gradients may be views, as the halves of a packed tensor are
+};
+
+}  // namespace reparam

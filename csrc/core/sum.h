@@ -1,0 +1,57 @@
+// Sums in an order that the shape alone fixes.
+#pragma once
+#include <cstring>
+
+#include "core/chunks.h"
+
+namespace reparam {
+namespace {
+
+typedef double Four __attribute__((vector_size(32)));
+
+// Eight numbers as four pair sums, in float64.
+template <class C>
+REPARAM_INLINE Four pair_sums(const C* k) {
+  typedef C Quad __attribute__((vector_size(4 * sizeof(C))));
+  Quad a, b;
+  std::memcpy(&a, k, sizeof a);
+  std::memcpy(&b, k + 4, sizeof b);
+  return __builtin_convertvector(a + b, Four);
+}
+
+// The sum of n numbers in an order that n alone fixes: pairs, then eight interleaved float64 sums, then a tree over
+// them, then the rest one by one.
+template <class C>
+REPARAM_INLINE double ordered_sum(const C* k, int n) {
+  double sum = 0;
+  int i = 0;
+  if (n >= 8) {
+    Four a{}, b{};
+    for (; i + 16 <= n; i += 16) {
+      a += pair_sums(k + i);
+      b += pair_sums(k + i + 8);
+    }
+    if (i + 8 <= n) {
+      a += pair_sums(k + i);
+      i += 8;
+    }
+    a += b;
+    sum = (a[0] + a[2]) + (a[1] + a[3]);
+  }
+  double tail = 0;
+  for (; i < n; ++i) tail += k[i];
+  return sum + tail;
+}
+
+// Each row's sum, if rows are longer than a chunk: the sums of its chunks, added in order.
+template <class C>
+inline void sum_partials(const double* partials, const Chunks& chunks, C* sums) {
+  for (int64_t row = 0; row < chunks.rows; ++row) {
+    double sum = 0;
+    for (int64_t i = 0; i < chunks.per_row; ++i) sum += partials[row * chunks.per_row + i];
+    sums[row] = (C)sum;
+  }
+}
+
+}  // namespace
+}  // namespace reparam

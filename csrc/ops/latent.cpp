@@ -1,0 +1,282 @@
+// Each kernel goes through a chunk in stages that stay in the first-level cache:
+// load -> clamp -> element (posterior against prior) -> noise -> z and kl, or gradients -> store.
+#include "ops/latent.h"
+
+#include "core/sum.h"
+
+namespace reparam {
+namespace {
+
+// ---- options as compile-time constants
+
+template <Param kValue>
+struct ParamTag {
+  static constexpr Param value = kValue;
+};
+template <bool kValue>
+struct Bool {
+  static constexpr bool value = kValue;
+};
+
+template <class Body>
+inline void dispatch_param(Param param, Body body) {
+  switch (param) {
+    case Param::logvar: return body(ParamTag<Param::logvar>());
+    case Param::logstd: return body(ParamTag<Param::logstd>());
+    case Param::std: return body(ParamTag<Param::std>());
+    case Param::softplus: return body(ParamTag<Param::softplus>());
+  }
+}
+
+// Calls body(param, prior).
+template <class Body>
+inline void dispatch_options(const LatentArguments& a, Body body) {
+  dispatch_param(a.options.param, [&](auto param) {
+    if (a.mu_p.data) return body(param, Bool<true>());
+    return body(param, Bool<false>());
+  });
+}
+
+// ---- inputs
+
+template <class C>
+struct Inputs {
+  const C *mu, *unclamped, *x, *mu_p = nullptr, *x_p = nullptr;  // x before and after the clamp
+  Scratch<C> mu_s, unclamped_s, x_s, mu_p_s, x_p_s;
+
+  inline Inputs(const LatentArguments& a, const Constants<C>& c, int64_t first, int n) {
+    mu = load(a.mu, first, n, mu_s.data);
+    x = unclamped = load(a.x, first, n, unclamped_s.data);
+    if (c.clamped) {
+      const C low = c.low, high = c.high;
+#pragma omp simd
+      for (int i = 0; i < n; ++i)  // keeps NaN
+        x_s.data[i] = unclamped[i] < low ? low : unclamped[i] > high ? high : unclamped[i];
+      x = x_s.data;
+    }
+    if (a.mu_p.data) {
+      mu_p = load(a.mu_p, first, n, mu_p_s.data);
+      x_p = load(a.x_p, first, n, x_p_s.data);
+    }
+  }
+};
+
+// As torch.clamp's: the gradient is kept at a bound, and is 0 outside and for NaN.
+template <class C>
+inline void clamp_gradient(const Constants<C>& c, int n, const C* unclamped, C* __restrict dx) {
+  const C low = c.low, high = c.high;
+#pragma omp simd
+  for (int i = 0; i < n; ++i) dx[i] = (unclamped[i] >= low) & (unclamped[i] <= high) ? dx[i] : C(0);
+}
+
+// ---- forward
+
+// sigma of each element, and kl if it is not null.
+template <class C, Param kParam, bool kPrior>
+inline void posterior(const Constants<C> c, int n, const C* mu, const C* x, const C* mu_p, const C* x_p,
+                      C* __restrict sigma, C* __restrict kl) {
+  if (kl) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) {
+      const Element<C> e = element<kParam, kPrior>(c, mu[i], x[i], kPrior ? mu_p[i] : C(0), kPrior ? x_p[i] : C(0));
+      sigma[i] = e.sigma;
+      kl[i] = e.kl;
+    }
+  } else {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) sigma[i] = element<kParam, false>(c, mu[i], x[i], C(0), C(0)).sigma;
+  }
+}
+
+// The sums of a chunk: its rows' into kl, or, if a row is longer than a chunk, its own into partials.
+template <class C>
+inline void store_kl(const LatentArguments& a, const Chunks& chunks, int64_t chunk, int64_t first, int n, const C* k,
+                     double* partials) {
+  C* kl = (C*)a.kl.data;
+  if (chunks.per_row > 1) {
+    partials[chunk] = ordered_sum(k, n);
+  } else if (a.cols == 1) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) kl[first + i] = k[i];
+  } else {
+    const int cols = (int)a.cols;
+    C* row = kl + first / cols;
+    for (int i = 0; i < n; i += cols) *row++ = (C)ordered_sum(k + i, cols);
+  }
+}
+
+template <class C>
+inline void forward_chunk(const LatentArguments& a, const Constants<C>& c, const Chunks& chunks, int64_t chunk,
+                          double* partials) {
+  const int64_t first = chunks.begin(chunk);
+  const int n = (int)(chunks.end(chunk) - first);
+  const Inputs<C> in(a, c, first, n);
+  Scratch<C> sigma, kl, eps_s, z_s;
+  dispatch_options(a, [&](auto param, auto prior) {
+    posterior<C, param.value, prior.value>(c, n, in.mu, in.x, in.mu_p, in.x_p, sigma.data,
+                                           a.kl.data ? kl.data : nullptr);
+  });
+  if (a.kl.data) store_kl(a, chunks, chunk, first, n, kl.data, partials);
+  if (!a.z.data) return;
+  for (int64_t sample = 0; sample < a.samples; ++sample) {
+    const C* eps = load_or_make_eps(a.eps, sample, first, n, eps_s);
+    C* z = target(a.z, sample * a.n + first, z_s.data);
+#pragma omp simd
+    for (int i = 0; i < n; ++i) z[i] = fma(sigma.data[i], eps[i], in.mu[i]);
+    store(a.z, sample * a.n + first, n, z);
+  }
+}
+
+// ---- backward
+
+// The gradients that reach an element: dz and dz * eps, each summed over the samples, and its row's dkl. A null pointer
+// means that there is none.
+template <class C>
+struct UpstreamGrads {
+  const C *dz = nullptr, *dsigma = nullptr, *dkl = nullptr;
+  Scratch<C> dz_s, dsigma_s, dkl_s;
+
+  inline UpstreamGrads(const LatentArguments& a, int64_t first, int n) {
+    if (a.dz.data) sum_samples(a, first, n);
+    if (a.dkl.data) expand_rows(a, first, n);
+  }
+
+  inline void sum_samples(const LatentArguments& a, int64_t first, int n) {
+    Scratch<C> sample_s, eps_s;
+    dz = load(a.dz, first, n, dz_s.data);
+    const C* eps = load_or_make_eps(a.eps, 0, first, n, eps_s);
+#pragma omp simd
+    for (int i = 0; i < n; ++i) dsigma_s.data[i] = dz[i] * eps[i];
+    dsigma = dsigma_s.data;
+    for (int64_t sample = 1; sample < a.samples; ++sample) {
+      const C* g = load(a.dz, sample * a.n + first, n, sample_s.data);
+      eps = load_or_make_eps(a.eps, sample, first, n, eps_s);
+#pragma omp simd
+      for (int i = 0; i < n; ++i) {
+        dz_s.data[i] = dz[i] + g[i];
+        dsigma_s.data[i] = fma(g[i], eps[i], dsigma_s.data[i]);
+      }
+      dz = dz_s.data;
+    }
+  }
+
+  inline void expand_rows(const LatentArguments& a, int64_t first, int n) {
+    Scratch<C> row_s;
+    const int rows = (int)((first + n - 1) / a.cols - first / a.cols) + 1;
+    const C* row = load(a.dkl, first / a.cols, rows, row_s.data);
+    int at = 0;
+    for (int r = 0; r < rows; ++r) {
+      const int64_t end = (first / a.cols + r + 1) * a.cols - first;
+      const int stop = end < n ? (int)end : n;
+      for (; at < stop; ++at) dkl_s.data[at] = row[r];
+    }
+    dkl = dkl_s.data;
+  }
+};
+
+// Where one gradient is written: in place, or into a buffer that store() converts, or, if it is not wanted, into a
+// buffer that nobody reads.
+template <class C>
+struct GradOutput {
+  const Operand& t;
+  const int64_t first;
+  Scratch<C> buffer;
+  C* const data;
+
+  inline GradOutput(const Operand& t, int64_t first) : t(t), first(first), data(target(t, first, buffer.data)) {}
+  inline void store(int n) const {
+    if (t.data) reparam::store(t, first, n, data);
+  }
+};
+
+// All gradients in one loop; kZ and kKl say which upstream gradients there are.
+template <class C, Param kParam, bool kPrior, bool kZ, bool kKl>
+inline void gradients(const Constants<C> c, int n, const Inputs<C>& in, const UpstreamGrads<C>& g, C* __restrict dmu,
+                      C* __restrict dx, C* __restrict dmu_p, C* __restrict dx_p) {
+  const C *mu = in.mu, *x = in.x, *mu_p = in.mu_p, *x_p = in.x_p, *dz = g.dz, *dsigma = g.dsigma, *dkl = g.dkl;
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const Element<C> e = element<kParam, kPrior>(c, mu[i], x[i], kPrior ? mu_p[i] : C(0), kPrior ? x_p[i] : C(0));
+    if constexpr (kZ && kKl) {
+      dmu[i] = fma(dkl[i], e.dkl_mu, dz[i]);
+      dx[i] = fma(dsigma[i], e.dsigma, dkl[i] * e.dkl_x);
+    } else if constexpr (kKl) {
+      dmu[i] = dkl[i] * e.dkl_mu;
+      dx[i] = dkl[i] * e.dkl_x;
+    } else {
+      dmu[i] = dz[i];
+      dx[i] = dsigma[i] * e.dsigma;
+    }
+    if constexpr (kPrior) {
+      dmu_p[i] = -(dkl[i] * e.dkl_mu);
+      dx_p[i] = dkl[i] * e.dkl_xp;
+    }
+  }
+}
+
+template <class C>
+inline void backward_chunk(const LatentArguments& a, const Constants<C>& c, const Chunks& chunks, int64_t chunk) {
+  const int64_t first = chunks.begin(chunk);
+  const int n = (int)(chunks.end(chunk) - first);
+  const Inputs<C> in(a, c, first, n);
+  const UpstreamGrads<C> g(a, first, n);
+  const GradOutput<C> dmu(a.dmu, first), dx(a.dx, first), dmu_p(a.dmu_p, first), dx_p(a.dx_p, first);
+  const auto run = [&](auto from_z, auto from_kl) {
+    dispatch_options(a, [&](auto param, auto prior) {
+      gradients<C, param.value, prior.value && from_kl.value, from_z.value, from_kl.value>(
+          c, n, in, g, dmu.data, dx.data, dmu_p.data, dx_p.data);
+    });
+  };
+  if (g.dz && g.dkl)
+    run(Bool<true>(), Bool<true>());
+  else if (g.dkl)
+    run(Bool<false>(), Bool<true>());
+  else if (g.dz)
+    run(Bool<true>(), Bool<false>());
+  else
+    for (int i = 0; i < n; ++i) dmu.data[i] = dx.data[i] = 0;
+  if (c.clamped) clamp_gradient(c, n, in.unclamped, dx.data);
+  dmu.store(n), dx.store(n), dmu_p.store(n), dx_p.store(n);
+}
+
+// ---- the op
+
+template <class C>
+inline void forward_as(const LatentArguments& a, int threads) {
+  C* kl = (C*)a.kl.data;
+  if (a.n == 0) {
+    for (int64_t row = 0; row < a.rows; ++row) kl[row] = 0;
+    return;
+  }
+  const Constants<C> c(a.options);
+  const Chunks chunks(a.n, a.cols);
+  const HeapArray partials(kl && chunks.per_row > 1 ? chunks.count : 0);
+  parallel_for(chunks.count, a.n * (a.samples > 1 ? a.samples : 1), threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) forward_chunk<C>(a, c, chunks, i, partials.data);
+  });
+  if (partials.data) sum_partials(partials.data, chunks, kl);
+}
+
+template <class C>
+inline void backward_as(const LatentArguments& a, int threads) {
+  if (a.n == 0) return;
+  const Constants<C> c(a.options);
+  const Chunks chunks(a.n, a.cols);
+  parallel_for(chunks.count, a.n * (a.samples > 1 ? a.samples : 1), threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) backward_chunk<C>(a, c, chunks, i);
+  });
+}
+
+void forward(const LatentArguments& a, int threads) {
+  a.use_f64 ? forward_as<double>(a, threads) : forward_as<float>(a, threads);
+}
+
+void backward(const LatentArguments& a, int threads) {
+  a.use_f64 ? backward_as<double>(a, threads) : backward_as<float>(a, threads);
+}
+
+}  // namespace
+
+const LatentOp REPARAM_ISA::latent = {forward, backward};
+
+}  // namespace reparam
