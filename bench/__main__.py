@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 import reparam_kernels as rk
-from reparam_kernels import backends
+from reparam_kernels.core import backends
 
 from . import charts, measure, providers, steps
 from .processor import processor
@@ -61,7 +61,7 @@ def commit() -> str:
 def conditions(args: argparse.Namespace) -> Row:
     """What a number depends on, in every row."""
     machine, isa = processor(), "triton"
-    if args.device == "cpu" and backends.name_of("cpu") == "cpu":
+    if args.device == "cpu" and backends.backend_name("cpu") == "cpu":
         from reparam_kernels import _C
 
         isa = _C.isa()
@@ -171,7 +171,7 @@ def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
-    if args.device != "cpu":
+    if torch.device(args.device).index is not None:
         torch.cuda.set_device(args.device)  # events and memory counters are those of the current device
     bandwidth = measure.copy_bandwidth(args.device)
     rows: list[Row] = []

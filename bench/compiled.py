@@ -20,8 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-import reparam_kernels.backends as backends
-from reparam_kernels.backends import triton as launcher
+from reparam_kernels.core import backends
+from reparam_kernels.ops.latent import triton as launcher
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -70,18 +70,18 @@ def compiling(target: str) -> Iterator[list[Launch]]:
         code = run(self, *args, grid=grid, warmup=True, **constants)
         launches.append(Launch(self.__name__, target, grid, args, constants, code))
 
-    before = launcher.compiler, backends.name_of, backends.FORCED
+    before = launcher.compiler, backends.backend_name, backends.FORCED
     JITFunction.run = record
     launcher.compiler = lambda: TARGETS[target].backend
-    backends.name_of = lambda device_type: "triton"
-    backends.of.cache_clear()
+    backends.backend_name = lambda device_type: "triton"
+    backends.kernels.cache_clear()
     driver.set_active(Stub(target))
     try:
         yield launches
     finally:
         JITFunction.run = run
-        launcher.compiler, backends.name_of, backends.FORCED = before
-        backends.of.cache_clear()
+        launcher.compiler, backends.backend_name, backends.FORCED = before
+        backends.kernels.cache_clear()
 
 
 class Census(NamedTuple):

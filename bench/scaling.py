@@ -13,8 +13,8 @@ import torch
 
 import reparam_kernels as rk
 from reparam_kernels import _C
-from reparam_kernels.backends import cpu
-from reparam_kernels.spec import prepare
+from reparam_kernels.ops.latent import cpu
+from reparam_kernels.ops.latent.arguments import make_arguments
 
 from . import measure
 
@@ -26,7 +26,7 @@ def cases(rows: int, cols: int) -> dict[str, Callable[[], Any]]:
     """The public op, and its kernel alone writing to memory that is already there."""
     mu = torch.randn(rows, cols)
     x = torch.randn(rows, cols)
-    call = prepare("bench", mu, x, z=True, kl=True, seed=7)
+    call = make_arguments("bench", mu, x, z=True, kl=True, seed=7)
     options = _C.Options(_C.Param.logvar, 0.0, False, 0.0, 0.0)
     z, kl = cpu.forward(call)
 

@@ -1,10 +1,14 @@
-"""Fused Gaussian reparameterisation and KL for variational autoencoders; the noise is named, never stored."""
+"""Fused Gaussian reparameterisation and KL for variational autoencoders.
+
+The noise is a function of a seed: it is regenerated in the backward pass, never stored.
+"""
 
 from . import distributions, integrations, losses, reference
-from .api import NOISE_VERSION, kl_divergence, randn, reparameterize, reparameterize_kl
-from .backends import backend_for
-from .distribution import DiagonalGaussian
+from .core.backends import backend_for
+from .diagonal_gaussian import DiagonalGaussian
 from .head import GaussianHead
+from .ops.latent import kl_divergence, reparameterize, reparameterize_kl
+from .ops.noise import NOISE_VERSION, randn
 
 __all__ = [
     "NOISE_VERSION",

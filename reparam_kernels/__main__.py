@@ -8,7 +8,8 @@ from importlib import metadata
 
 import torch
 
-from . import NOISE_VERSION, backends
+from . import NOISE_VERSION
+from .core import backends
 
 
 def version(package: str) -> str:

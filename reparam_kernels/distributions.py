@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributions
 
-from . import checks, modes
-from .api import kl_divergence, reparameterize
+from .core import checks, torch_modes
+from .core.dtypes import FLOATS
+from .ops.latent import kl_divergence, reparameterize
 
 __all__ = ["Normal"]
 
@@ -74,14 +75,16 @@ class Normal(distributions.Normal):
         if loc.dtype != scale.dtype or loc.device != scale.device:
             checks.floating("Normal.rsample", "loc", loc)
             loc, scale = brought_together(arithmetic_dtype(loc, scale), loc, scale)
-        return reparameterize(loc, scale, sample_shape=tuple(sample_shape), param="std")
+        return reparameterize(loc, scale, sample_shape=torch.Size(sample_shape), param="std")
 
     def _looks_valid(self, loc: Tensor | float, scale: Tensor | float) -> bool:
         """True if neither has a NaN and every scale is positive; False also if that cannot be told here.
 
         The least element tells, since a NaN is the least of all.
         """
-        if modes.transforming() or self.loc.is_meta or self.loc.device != self.scale.device:
+        if torch_modes.in_transform() or self.loc.is_meta or self.loc.device != self.scale.device:
+            return False
+        if self.loc.dtype not in FLOATS or self.scale.dtype not in FLOATS:
             return False
 
         def least(given: Tensor | float, kept: Tensor) -> Tensor | float:

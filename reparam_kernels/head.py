@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .api import kl_divergence, reparameterize_kl
+from .core import checks
+from .ops.latent import kl_divergence, reparameterize_kl
 
 OPTIONS = ("event_ndim", "param", "min_std", "clamp")  # of reparameterize_kl, fixed for the layer
 
@@ -68,6 +69,8 @@ class GaussianHead(nn.Module):
         mu, x = self.mu(h), self.logvar(h)
         options = {name: getattr(self, name) for name in OPTIONS}
         if self.mean_in_eval and not self.training:
+            checks.one_source("GaussianHead", seed, generator, eps)
+            sample_shape = checks.sizes("GaussianHead", "sample_shape", sample_shape)
             mean = mu.expand(*sample_shape, *mu.shape)
             z = mean.clone(memory_format=torch.contiguous_format)  # z may change in place, and backward of kl needs mu
             return z, kl_divergence(mu, x, prior=prior, **options)

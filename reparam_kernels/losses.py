@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
-from .api import kl_divergence
+from .ops.latent import kl_divergence
 
 __all__ = [
     "balanced_kl",
@@ -51,12 +50,9 @@ def free_bits_per_dimension(kl: Tensor, floor: float) -> Tensor:
         tensor(3.5000)
     """
     if kl.dim() < 2:
-        checks.fail(
-            ValueError,
-            "free_bits_per_dimension",
-            "kl must have the batch's dim and at least one more",
-            f"shape {tuple(kl.shape)}",
-            "Compute it with event_ndim=0.",
+        raise ValueError(
+            "free_bits_per_dimension: kl must have the batch's dim and at least one more; "
+            f"got shape {tuple(kl.shape)}. Compute it with event_ndim=0."
         )
     return kl.mean(0).clamp(min=floor).sum()
 
@@ -181,7 +177,7 @@ def linear_beta(step: int, steps: int, beta: float = 1.0) -> float:
         >>> [rk.losses.linear_beta(step, 4) for step in (0, 1, 4, 9)]
         [0.0, 0.25, 1.0, 1.0]
     """
-    positive("linear_beta", "steps", steps)
+    check_positive("linear_beta", "steps", steps)
     return beta * min(1.0, step / steps)
 
 
@@ -212,9 +208,9 @@ def cyclical_beta(step: int, steps: int, cycles: int = 4, ratio: float = 0.5, be
         >>> [rk.losses.cyclical_beta(step, 8, cycles=2) for step in range(9)]
         [0.0, 0.5, 1.0, 1.0, 0.0, 0.5, 1.0, 1.0, 1.0]
     """
-    positive("cyclical_beta", "steps", steps)
-    positive("cyclical_beta", "cycles", cycles)
-    positive("cyclical_beta", "ratio", ratio)
+    check_positive("cyclical_beta", "steps", steps)
+    check_positive("cyclical_beta", "cycles", cycles)
+    check_positive("cyclical_beta", "ratio", ratio)
     if step >= steps:
         return beta
     tau = math.fmod(step * cycles, steps) / steps
@@ -245,7 +241,7 @@ def capacity(step: int, steps: int, final: float) -> float:
         >>> [rk.losses.capacity(step, 100, 25.0) for step in (0, 50, 200)]
         [0.0, 12.5, 25.0]
     """
-    positive("capacity", "steps", steps)
+    check_positive("capacity", "steps", steps)
     return final * min(1.0, step / steps)
 
 
@@ -302,16 +298,14 @@ def masked_mean(kl: Tensor, mask: Tensor) -> Tensor:
         tensor(3.)
     """
     if mask.dim() != kl.dim() or any(m not in (1, k) for m, k in zip(mask.shape, kl.shape, strict=True)):
-        checks.fail(
-            ValueError,
-            "masked_mean",
-            "mask must have the dims of kl, each of kl's size or 1",
-            f"kl {tuple(kl.shape)}, mask {tuple(mask.shape)}",
-            "Give it size 1 in the dims that share it, usually the channels.",
+        raise ValueError(
+            "masked_mean: mask must have the dims of kl, each of kl's size or 1; "
+            f"got kl {tuple(kl.shape)}, mask {tuple(mask.shape)}. "
+            "Give it size 1 in the dims that share it, usually the channels."
         )
     return torch.where(mask == 0, 0.0, kl * mask).sum() / mask.sum()
 
 
-def positive(where: str, name: str, value: float) -> None:
+def check_positive(where: str, name: str, value: float) -> None:
     if not value > 0:
-        checks.fail(ValueError, where, f"{name} must be positive", str(value), "Pass a positive number.")
+        raise ValueError(f"{where}: {name} must be positive; got {value}. Pass a positive number.")

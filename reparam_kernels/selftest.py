@@ -14,9 +14,10 @@ from torch import Tensor
 
 import reparam_kernels as rk
 
-from . import backends, reference
+from .core import backends
+from .ops.latent.arguments import PARAMS, make_arguments
+from .ops.noise.formula import philox4x32_10
 
-PARAMS = ("logvar", "logstd", "std", "softplus")
 # The known-answer vectors of philox4x32-10 that have no high counter words (Random123, kat_vectors).
 KNOWN = [((0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8))]
 
@@ -40,23 +41,22 @@ def quick(device: torch.device) -> bool:
 def on_cpu(*args: object, **options: object) -> Tensor:
     """rk.randn by the C++ kernels, whatever backend is forced."""
     try:
-        from .backends import cpu
+        from .ops.noise.cpu import fill_eps
     except ImportError as error:
         raise Skip(f"no C++ kernels to compare with: {error}") from error
     seed = options["seed"]
     seeds = torch.full((1,), seed, device="cpu") if isinstance(seed, int) else seed
     out: Tensor = torch.empty(*args, device="cpu")  # type: ignore[call-overload]
-    cpu.randn(out, seeds)  # type: ignore[arg-type]
+    fill_eps(out, seeds)  # type: ignore[arg-type]
     return out
 
 
 def latent_on_cpu(mu: Tensor, x: Tensor, **options: object) -> tuple[Tensor, Tensor]:
     """z and kl by the C++ kernels."""
     on_cpu(1, seed=0)
-    from .backends import cpu
-    from .spec import prepare
+    from .ops.latent import cpu
 
-    return cpu.forward(prepare("selftest", mu, x, z=True, kl=True, **options))  # type: ignore[arg-type,return-value]
+    return cpu.forward(make_arguments("selftest", mu, x, z=True, kl=True, **options))  # type: ignore[arg-type,return-value]
 
 
 def same_bits(name: str, got: Tensor, want: Tensor) -> Iterator[str]:
@@ -85,14 +85,14 @@ def inputs(shape: tuple[int, ...], param: str = "logvar", seed: int = 0) -> list
 def words(device: torch.device) -> Iterator[str]:
     """Philox's words are the published ones."""
     if rk.backend_for(torch.empty(0, device=device)) == "triton":
-        from .backends import triton_kernels as kernels
-        from .backends.triton import launch
+        from .gpu.launch import launch
+        from .ops.noise import triton_kernels as kernels
 
         def made(seed: int, first: int, count: int) -> Tensor:
             out = torch.empty(count, 4, dtype=torch.int64, device=device)
             at = torch.tensor([seed, first], device=device)
-            grid, constants = ((count + 255) // 256,), {"BLOCK": 256, "enable_fp_fusion": False}
-            launch(kernels.words_kernel, grid, out.device, out, at, count, **constants)
+            grid = ((count + 255) // 256,)
+            launch(kernels.words_kernel, grid, out.device, out, at, count, BLOCK=256, enable_fp_fusion=False)
             return out.cpu()
     else:
         from . import _C
@@ -110,18 +110,19 @@ def words(device: torch.device) -> Iterator[str]:
         c = torch.arange(first, first + 1000, device="cpu")
         zero = torch.zeros_like(c)
         key = [torch.tensor(word, device="cpu") for word in (seed & 0xFFFFFFFF, seed >> 32)]
-        want = torch.stack(reference.philox4x32_10([c & 0xFFFFFFFF, c >> 32, zero, zero], key), -1)
+        want = torch.stack(philox4x32_10([c & 0xFFFFFFFF, c >> 32, zero, zero], key), -1)
         yield from same_bits(f"seed {seed}", made(seed, first, 1000), want)
 
 
 def sqrt_of(x: Tensor) -> Tensor:
     """The square roots that the Triton kernels take."""
-    from .backends import triton_kernels as kernels
-    from .backends.triton import compiler, launch
+    from .gpu.launch import launch
+    from .gpu.plan import compiler
+    from .ops.noise import triton_kernels as kernels
 
     out = torch.empty_like(x)
-    grid, constants = ((x.numel() + 255) // 256,), {"BLOCK": 256, "enable_fp_fusion": False}
-    launch(kernels.roots_kernel, grid, x.device, out, x, x.numel(), INLINE_PTX=compiler() == "cuda", **constants)
+    grid, constants = ((x.numel() + 255) // 256,), {"INLINE_PTX": compiler() == "cuda", "BLOCK": 256}
+    launch(kernels.roots_kernel, grid, x.device, out, x, x.numel(), **constants, enable_fp_fusion=False)
     return out
 
 

@@ -12,7 +12,8 @@ import triton
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-from reparam_kernels import _C, backends
+from reparam_kernels import _C
+from reparam_kernels.core import backends
 from tests.oracle import fma
 from tests.report import pytest_addoption, pytest_configure, pytest_terminal_summary  # noqa: F401
 
@@ -69,8 +70,8 @@ def use_backend(monkeypatch, name):
 
 
 def forget():
-    backends.name_of.cache_clear()
-    backends.of.cache_clear()
+    backends.backend_name.cache_clear()
+    backends.kernels.cache_clear()
 
 
 @pytest.fixture(params=_C.available_isas())

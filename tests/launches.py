@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from reparam_kernels import backends
-from reparam_kernels.backends import triton as launcher
+from reparam_kernels.core import backends
 from reparam_kernels.gpu import plan as planner
+from reparam_kernels.ops.latent import triton as launcher
 
 OUTPUTS = {"out_ptr", "z_ptr", "kl_ptr", "dmu_ptr", "dx_ptr", "dmu_p_ptr", "dx_p_ptr"}
 
@@ -106,14 +106,14 @@ def recording(
         if execute is not None:
             execute(launches[-1])
 
-    before = launcher.launch, launcher.compiler, backends.name_of
+    before = launcher.launch, launcher.compiler, backends.backend_name
     launcher.launch = record
     launcher.compiler = lambda: compiler
-    backends.name_of = lambda device_type: "triton"
-    backends.of.cache_clear()
+    backends.backend_name = lambda device_type: "triton"
+    backends.kernels.cache_clear()
     try:
         with planned(**plan):
             yield launches
     finally:
-        launcher.launch, launcher.compiler, backends.name_of = before
-        backends.of.cache_clear()
+        launcher.launch, launcher.compiler, backends.backend_name = before
+        backends.kernels.cache_clear()

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import reparam_kernels as rk
-from reparam_kernels import modes
+from reparam_kernels.core import torch_modes
 
 # ---- random state
 
@@ -277,26 +277,26 @@ def test_eight_threads_give_what_one_gives():
 
 @pytest.mark.parametrize("name", ["_functorch_level", "_dispatch_modes", "_tracing_state", "_is_legacy_batched"])
 def test_private_names_answer_as_they_did(name):
-    """If this fails, torch has changed: read reparam_kernels/modes.py against the new release."""
-    assert callable(getattr(modes, name))
+    """If this fails, torch has changed: read reparam_kernels/core/torch_modes.py against the new release."""
+    assert callable(getattr(torch_modes, name))
 
 
 def test_the_mark_of_a_constant_is_torch_s_own():
-    """If this fails, torch has changed: see constant_to_the_compiler in reparam_kernels/modes.py."""
+    """If this fails, torch has changed: see constant_to_the_compiler in reparam_kernels/core/torch_modes.py."""
     marked = torch.compiler.assume_constant_result(lambda: True)
-    assert vars(marked) == vars(modes.constant_to_the_compiler(lambda: True)) != {}
+    assert vars(marked) == vars(torch_modes.constant_to_the_compiler(lambda: True)) != {}
 
 
 def test_modes_are_told_apart():
-    """If this fails, torch has changed: the executors would choose wrongly; see reparam_kernels/modes.py."""
+    """If this fails, torch has changed: see reparam_kernels/core/torch_modes.py and execute.py."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    assert not modes.recording()
-    assert not modes.transforming()
+    assert not torch_modes.in_dispatch_mode()
+    assert not torch_modes.in_transform()
     seen = {}
 
     def look(name, t):
-        seen[name] = (modes.recording(), modes.transforming())
+        seen[name] = (torch_modes.in_dispatch_mode(), torch_modes.in_transform())
         return t
 
     torch.func.vmap(lambda t: look("vmap", t))(torch.zeros(2))

@@ -11,8 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import reparam_kernels as rk
-from reparam_kernels import backends, library
-from reparam_kernels.spec import prepare
+from reparam_kernels.core import backends
+from reparam_kernels.ops.latent.arguments import make_arguments
+from reparam_kernels.ops.latent.op import LATENT
 from tests.conftest import forget
 
 AS_EAGER = {"backend": "aot_eager", "fullgraph": True}  # inductor's own code generation has a test of its own
@@ -286,8 +287,8 @@ def op_arguments(requires_grad, **options):
     mu, x = inputs(4, 6, requires_grad=requires_grad)
     if "prior" in options:
         options["prior"] = [t.detach()[:1].clone().requires_grad_(requires_grad) for t in (x, mu)]
-    call = prepare("test", mu, x, z=True, kl=True, seed=7, **options)
-    return (*call[:-1], *library.options_of(call.spec))
+    call = make_arguments("test", mu, x, z=True, kl=True, seed=7, **options)
+    return LATENT.flatten(call)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -303,11 +304,11 @@ def op_arguments(requires_grad, **options):
 )
 def test_opcheck(requires_grad, options):
     args = op_arguments(requires_grad, **options)
-    torch.library.opcheck(torch.ops.reparam_kernels.forward.default, args)
-    z, kl = torch.ops.reparam_kernels.forward(*args)
+    torch.library.opcheck(torch.ops.reparam_kernels.latent.default, args)
+    z, kl = torch.ops.reparam_kernels.latent(*args)
     dz, dkl = (torch.ones_like(t).requires_grad_(requires_grad) for t in (z, kl))
     wanted = [t is not None for t in args[:4]]
-    torch.library.opcheck(torch.ops.reparam_kernels.backward.default, (*args, dz, dkl, wanted))
+    torch.library.opcheck(torch.ops.reparam_kernels.latent_backward.default, (*args, dz, dkl, wanted))
     torch.library.opcheck(torch.ops.reparam_kernels.noise.default, (torch.arange(3), [2, 6, 5], 2))
 
 
@@ -316,8 +317,8 @@ def test_the_backward_op_has_a_gradient_of_its_own():
     mu, x = (t.double().detach().requires_grad_() for t in inputs(2, 3))
 
     def f(mu, x):
-        call = prepare("test", mu, x, z=True, kl=True, seed=7, prior=(x, 0.5))
-        z, kl = library.forward(call)
+        call = make_arguments("test", mu, x, z=True, kl=True, seed=7, prior=(x, 0.5))
+        z, kl = LATENT.registered(call)
         return z.square().sum(-1) + kl
 
     assert torch.autograd.gradcheck(f, (mu, x))
@@ -329,15 +330,15 @@ def test_the_backward_op_has_a_gradient_of_its_own():
 
 def test_vmap_of_the_ops():
     mu, x = inputs(3, 2, 4, requires_grad=False)
-    call = prepare("test", mu[0], x[0], z=True, kl=True, seed=7)
-    rest = (*call[2:-1], *library.options_of(call.spec))
-    z, kl = torch.vmap(lambda m, v: torch.ops.reparam_kernels.forward(m, v, *rest))(mu, x)
+    call = make_arguments("test", mu[0], x[0], z=True, kl=True, seed=7)
+    rest = LATENT.flatten(call)[2:]
+    z, kl = torch.vmap(lambda m, v: torch.ops.reparam_kernels.latent(m, v, *rest))(mu, x)
     dmu, dx, _, _ = torch.vmap(
-        lambda m, v, g: torch.ops.reparam_kernels.backward(m, v, *rest, g, None, [True, True, False, False])
+        lambda m, v, g: torch.ops.reparam_kernels.latent_backward(m, v, *rest, g, None, [True, True, False, False])
     )(mu, x, z)
     for i in range(3):
-        one = torch.ops.reparam_kernels.forward(mu[i], x[i], *rest)
-        back = torch.ops.reparam_kernels.backward(mu[i], x[i], *rest, z[i], None, [True, True, False, False])
+        one = torch.ops.reparam_kernels.latent(mu[i], x[i], *rest)
+        back = torch.ops.reparam_kernels.latent_backward(mu[i], x[i], *rest, z[i], None, [True, True, False, False])
         for got, want in zip((z[i], kl[i], dmu[i], dx[i]), (*one, *back[:2]), strict=True):
             torch.testing.assert_close(got, want)
 
@@ -360,7 +361,7 @@ def test_make_fx_records_a_draw_and_an_op():
         graph = make_fx(lambda m, v: rk.reparameterize_kl(m, v), tracing_mode=mode)(mu, x)
         names = " ".join(str(n.target) for n in graph.graph.nodes)
         assert "randint" in names
-        assert "reparam_kernels.forward" in names
+        assert "reparam_kernels.latent" in names
         torch.manual_seed(3)
         got = graph(mu, x)
         torch.manual_seed(3)

@@ -12,8 +12,9 @@ import torch._dynamo  # remembers the torch.empty that it finds: torch's own, no
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reparam_kernels as rk
-from reparam_kernels import _C, backends
-from reparam_kernels.spec import accumulate_dtype
+from reparam_kernels import _C
+from reparam_kernels.core import backends
+from reparam_kernels.core.dtypes import compute_dtype
 from tests import oracle
 from tests.cases import DTYPES, PARAMS, inputs, truth
 from tests.conftest import forget
@@ -63,7 +64,7 @@ def given(case, backend):
         leaves += [mu_p, x_p.clamp(0.75, 2.0)]  # or float16 overflows more often than not
     g = torch.Generator().manual_seed(2)
     dz = torch.randn((*case.samples, *shape), generator=g).to(case.dtype)
-    dkl = torch.randn(shape[:1], generator=g, dtype=accumulate_dtype(case.dtype))
+    dkl = torch.randn(shape[:1], generator=g, dtype=compute_dtype(case.dtype))
     seed = torch.randint(2**63 - 1, shape[:1], generator=g) if case.seeds else 2**40 + 7
     return Given(tuple(t.requires_grad_() for t in leaves), seed, (dz, dkl))
 
@@ -290,7 +291,7 @@ def test_special_values_have_one_set_of_bits_too(param, own_prior):
     for dtype in DTYPES:
         case = Case(dtype, param, "own" if own_prior else None, 1, (), False)
         leaves = tuple(t.requires_grad_() for t in values.to(dtype).split(1, 1))
-        whole = Given(leaves, 7, (dz.to(dtype)[:, None], dkl.to(accumulate_dtype(dtype))))
+        whole = Given(leaves, 7, (dz.to(dtype)[:, None], dkl.to(compute_dtype(dtype))))
         base, *others = (results(case, whole, partial(latent, case), isa=isa) for isa in ISAS)
         for name, want in base.items():
             for got in (other[name] for other in others):

@@ -8,10 +8,11 @@ import torch.distributions as td
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import reparam_kernels as rk
-from reparam_kernels import library, selftest
+from reparam_kernels import selftest
 from reparam_kernels.distributions import Normal
 from reparam_kernels.integrations import diffusers, ldm
-from reparam_kernels.spec import prepare
+from reparam_kernels.ops.latent.arguments import make_arguments
+from reparam_kernels.ops.latent.op import LATENT
 from tests.conftest import SaysWhere
 
 GENERATOR = torch.Generator()
@@ -100,8 +101,8 @@ def test_outputs_are_on_the_device_of_fake_cuda_inputs_and_no_number_is_read(cal
 def test_gradients_are_on_the_device_of_fake_cuda_inputs():
     with FakeTensorMode(allow_non_fake_inputs=True):
         mu, x, mu_p, x_p, dz = (torch.empty(4, 6, device="cuda:0") for _ in range(5))
-        call = prepare("test", mu, x, z=True, kl=True, seed=7, prior=(mu_p.select(0, 0), x_p))
-        grads = library.backward(call, dz, dz.select(1, 0), [True] * 4)
+        call = make_arguments("test", mu, x, z=True, kl=True, seed=7, prior=(mu_p.select(0, 0), x_p))
+        grads = LATENT.registered_gradients(call, (dz, dz.select(1, 0)), [True] * 4)
         assert [str(g.device) for g in grads] == ["cuda:0"] * 4
 
 

@@ -132,7 +132,7 @@ def test_options_that_differ_on_each_call_are_not_kept(record_property):
     out = python("""
 import resource, torch, reparam_kernels as rk
 from reparam_kernels import spec
-from reparam_kernels.backends import cpu
+from reparam_kernels.ops.latent import cpu
 torch.set_num_threads(1)
 mu, x = torch.linspace(-1, 1, 20).view(4, 5), torch.linspace(-3, 3, 20).view(4, 5)
 eps = rk.randn(4, 5, seed=7)

@@ -7,8 +7,8 @@ import torch
 
 import reparam_kernels as rk
 from reparam_kernels import _C
-from reparam_kernels.backends import cpu
-from reparam_kernels.spec import prepare
+from reparam_kernels.ops.latent import cpu
+from reparam_kernels.ops.latent.arguments import make_arguments
 
 pytestmark = pytest.mark.usefixtures("says_where")
 
@@ -372,6 +372,6 @@ def test_a_refused_gradient_is_explained(dz, words):
 
 def test_a_refusal_of_two_tensors_that_do_not_fit_is_explained():
     mu, x = torch.zeros(4, 3), torch.zeros(4, 2)
-    call = prepare("test", mu, mu, kl=True)._replace(x=x)
+    call = make_arguments("test", mu, mu, kl=True)._replace(x=x)
     with pytest.raises(ValueError, match=r"^reparam_kernels: x must fit the other tensors .* shape \(4, 2\)"):
         cpu.forward(call)

@@ -7,10 +7,10 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from reparam_kernels.backends import triton as launcher
 from reparam_kernels.gpu import plan as planner
 from reparam_kernels.gpu import tiles
-from reparam_kernels.spec import prepare
+from reparam_kernels.ops.latent import triton as launcher
+from reparam_kernels.ops.latent.arguments import make_arguments
 from tests.launches import recording
 
 
@@ -20,7 +20,7 @@ def meta(*shape, dtype=torch.float32):
 
 def forward(mu, x, **options):
     """The call, its outputs and its launches."""
-    call = prepare("test", mu, x, z=True, kl=True, seed=options.pop("seed", 3), **options)
+    call = make_arguments("test", mu, x, z=True, kl=True, seed=options.pop("seed", 3), **options)
     with recording() as launches:
         z, kl = launcher.forward(call)
     return call, z, kl, launches
@@ -167,7 +167,7 @@ def plans(draw):
     mu, x = strided(), strided()
     seeds = meta(shape[0], dtype=torch.int64) if draw(st.booleans()) else 3
     event, samples = draw(st.integers(0, len(shape))), draw(st.sampled_from([(), (2,), (3,), (2**12, 5)]))
-    call = prepare("test", mu, x, z=True, kl=True, seed=seeds, sample_shape=samples, event_ndim=event)
+    call = make_arguments("test", mu, x, z=True, kl=True, seed=seeds, sample_shape=samples, event_ndim=event)
     kls = math.prod(shape[: len(shape) - event]) if event else None
     key = launcher.launch_key("forward", call, mu, [mu, x], [], kls, True)
     return call, key, planner.plan_launch(key)
@@ -200,7 +200,7 @@ def check_position(call, key, plan, block, chunk, r, p):
         assert base + sum(tile) == (element if s.copied else offset(tensor, element))
         small += [*tile, sum(tile)]
     assert not how.OFFSET_32BIT or all(abs(part) < 2**31 for part in small)
-    seeds, samples = call.seed.numel(), math.prod(call.spec.sample_shape)
+    seeds, samples = call.seed.numel(), math.prod(call.config.sample_shape)
     group = n // seeds
     rows_per_seed = planner.run_time_numbers(key, plan).shape.rows_per_seed
     if seeds > 1:

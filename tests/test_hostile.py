@@ -15,7 +15,7 @@ import reparam_kernels as rk
 START = """
 import torch, reparam_kernels as rk
 from reparam_kernels import _C
-from reparam_kernels.backends import cpu
+from reparam_kernels.ops.latent import cpu
 from torch._subclasses import FakeTensorMode
 
 torch.set_num_threads(1)

@@ -121,22 +121,22 @@ def test_philox_has_one_seed_for_each_item():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mend_quirks", [False, True])
+@pytest.mark.parametrize("fix_upstream_bugs", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kl_and_nll(backend, shape, mend_quirks, dtype):
+def test_kl_and_nll(backend, shape, fix_upstream_bugs, dtype):
     """Beyond the clamp too, where the logvar gets no gradient."""
     parameters = moments(shape, dtype, scale=3.0)
     parameters[0, -1, 0] = 25.0
     parameters[1, -1, 0] = -40.0
-    q = DiagonalGaussianDistribution(parameters.clone().requires_grad_(), mend_quirks=mend_quirks)
+    q = DiagonalGaussianDistribution(parameters.clone().requires_grad_(), fix_upstream_bugs=fix_upstream_bugs)
     p = DiagonalGaussianDistribution(moments(shape, dtype, seed=1).requires_grad_())
     sample = moments(q.mean.shape, dtype, seed=2)
-    if len(shape) < 4 and not mend_quirks:
+    if len(shape) < 4 and not fix_upstream_bugs:
         for call in (q.kl, lambda: q.kl(p), lambda: q.nll(sample)):
-            with pytest.raises(IndexError, match="mend_quirks=True"):
+            with pytest.raises(IndexError, match="fix_upstream_bugs=True"):
                 call()
         return
-    dims = tuple(range(1, len(shape))) if mend_quirks else (1, 2, 3)
+    dims = tuple(range(1, len(shape))) if fix_upstream_bugs else (1, 2, 3)
     wide = [t.parameters.detach().double().requires_grad_() for t in (q, p)]
     (mean, std), (mean_p, std_p) = map(truth, wide)
     log_density = -0.5 * ((sample.double() - mean) / std) ** 2 - std.log() - 0.5 * torch.log(torch.tensor(2 * torch.pi))
@@ -190,7 +190,7 @@ def test_deterministic():
     assert torch.equal(still.sample(), still.mean)
     assert torch.equal(still.kl(), torch.zeros(1))
     for noise in ("torch", "philox"):
-        mended = DiagonalGaussianDistribution(parameters, True, mend_quirks=True, noise=noise)
+        mended = DiagonalGaussianDistribution(parameters, True, fix_upstream_bugs=True, noise=noise)
         assert torch.equal(mended.kl(), torch.zeros(3))
         assert mended.nll(mended.mean).shape == (3,)
         generator = seeded(1)
@@ -209,12 +209,12 @@ def test_deterministic():
 @pytest.mark.parametrize("dim", [1, 2, -1])
 def test_any_chunk_dim(dim):
     parameters = moments((4, 6, 8)).requires_grad_()
-    q = DiagonalGaussianDistribution(parameters, chunk_dim=dim, mend_quirks=True, noise="philox")
+    q = DiagonalGaussianDistribution(parameters, chunk_dim=dim, fix_upstream_bugs=True, noise="philox")
     mean, std = truth(parameters, dim=dim)
     torch.testing.assert_close(q.kl().double(), divergence(mean, std).sum((1, 2)), rtol=2e-6, atol=1e-6)
     z = q.sample(seed=3)
     torch.testing.assert_close(z.double(), mean + std * rk.randn(z.shape, seed=3), rtol=1e-6, atol=1e-6)
-    o = OobleckDiagonalGaussianDistribution(parameters, chunk_dim=dim, mend_quirks=True)
+    o = OobleckDiagonalGaussianDistribution(parameters, chunk_dim=dim, fix_upstream_bugs=True)
     want = divergence(*truth(parameters, True, dim=dim)).sum(dim).mean()
     torch.testing.assert_close(o.kl().double(), want, rtol=2e-6, atol=1e-6)
 
@@ -226,7 +226,7 @@ def test_oobleck_kl_with_and_without_its_quirks(dtype):
     own, other = divergence(mean, std), divergence(mean, std, mean_p, std_p)
     twisted = 2 * other + 4 * (std / std_p).log()
     q, p = (OobleckDiagonalGaussianDistribution(t) for t in (a, b))
-    fair = OobleckDiagonalGaussianDistribution(a, mend_quirks=True)
+    fair = OobleckDiagonalGaussianDistribution(a, fix_upstream_bugs=True)
     for got, want, slack in [
         (q.kl(), 2 * own, 2e-6),
         (fair.kl(), own, 2e-6),
@@ -236,7 +236,7 @@ def test_oobleck_kl_with_and_without_its_quirks(dtype):
         torch.testing.assert_close(got.double(), want.sum(1).mean(), rtol=slack, atol=slack)
     assert torch.equal(OobleckDiagonalGaussianDistribution(a, True).kl(), torch.zeros(1))
     assert not torch.equal(OobleckDiagonalGaussianDistribution(a, True).sample(), q.mean)
-    still = OobleckDiagonalGaussianDistribution(a, True, mend_quirks=True)
+    still = OobleckDiagonalGaussianDistribution(a, True, fix_upstream_bugs=True)
     assert torch.equal(still.sample(), q.mean)
     assert still.kl().shape == ()
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from reparam_kernels.spec import unpacked
 
 from reparam_kernels import executors
 from reparam_kernels.integrations import diffusers
 from reparam_kernels.integrations.diffusers import DiagonalGaussianDistribution, OobleckDiagonalGaussianDistribution
-from reparam_kernels.spec import unpacked
 from tests import test_distributions, test_drop_in, test_integrations, test_losses
 
 run = executors.run
@@ -21,7 +21,7 @@ def scaled_noise(call):
 def no_gradient_to_sigma(call):
     mu, x = unpacked(call)
     if call.x is None:
-        return run(call._replace(mu=torch.cat([mu, x.detach()], call.spec.packed)))
+        return run(call._replace(mu=torch.cat([mu, x.detach()], call.config.packed)))
     return run(call._replace(x=x.detach()))
 
 

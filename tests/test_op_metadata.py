@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from reparam_kernels import executors, library
-from reparam_kernels.spec import prepare
+from reparam_kernels.core.execute import execute
+from reparam_kernels.ops.latent.arguments import make_arguments
+from reparam_kernels.ops.latent.op import LATENT
 from tests.test_properties import DEPTH, QUIET, calls, laid_out
 
 pytestmark = pytest.mark.usefixtures("says_where")
@@ -28,8 +29,8 @@ def forward_arguments(op, leaves, options):
     if "mu_p" in leaves:
         options = {**options, "prior": (leaves["mu_p"], leaves["x_p"])}
     inputs = (leaves["moments"], None) if op == "packed" else (leaves["mu"], leaves["x"])
-    call = prepare("test", *inputs, packed=leaves.get("dim"), **ASKED[op], **options)
-    return call, (*call[:-1], *library.options_of(call.spec))
+    call = make_arguments("test", *inputs, packed=leaves.get("dim"), **ASKED[op], **options)
+    return call, LATENT.flatten(call)
 
 
 @st.composite
@@ -42,9 +43,9 @@ def op_calls(draw):
     op, leaves, options, dz, dkl = draw(calls())
     call, args = forward_arguments(op, leaves, options)
     if draw(st.booleans()):
-        return OPS.forward.default, args
+        return OPS.latent.default, args
     wanted = [t is not None and draw(st.booleans()) for t in call[:4]]
-    return OPS.backward.default, (*args, dz, dkl, wanted)
+    return OPS.latent_backward.default, (*args, dz, dkl, wanted)
 
 
 def described(tensors):
@@ -79,7 +80,7 @@ def test_opcheck_passes_over_any_layout(backend):
     def explore(op_call, requires_grad):
         op, args = op_call
         args = [plain_if_empty(a) for a in args]
-        if requires_grad and op is not OPS.noise.default and (op is OPS.forward.default or any(args[-1])):
+        if requires_grad and op is not OPS.noise.default and (op is OPS.latent.default or any(args[-1])):
             args[:4] = [a if a is None else a.detach().requires_grad_() for a in args[:4]]
         torch.library.opcheck(op, args)
 
@@ -96,10 +97,10 @@ def test_outputs_of_the_formula_are_contiguous_under_transforms():
         samples = tuple(data.draw(st.lists(st.integers(1, 3), max_size=2)))
         mu, x = (data.draw(laid_out(shape, torch.float32)) for _ in range(2))
         seed = torch.arange(shape[0]) if data.draw(st.booleans()) else 7
-        call = prepare("test", mu, x, z=True, kl=True, seed=seed, sample_shape=samples, event_ndim=0)
+        call = make_arguments("test", mu, x, z=True, kl=True, seed=seed, sample_shape=samples, event_ndim=0)
 
         def both(m, v):
-            z, kl = executors.run(call._replace(mu=m, x=v))
+            z, kl = execute(LATENT, call._replace(mu=m, x=v))
             assert z.view(-1).numel() == math.prod(samples + shape)
             assert kl.view(-1).numel() == math.prod(shape)
             return z, kl
@@ -124,7 +125,7 @@ def test_a_gradient_has_the_metadata_of_its_input(backend):
         op, leaves, options, dz, dkl = drawn
         tensors = {n: t.detach().requires_grad_() for n, t in leaves.items() if isinstance(t, torch.Tensor)}
         call, _ = forward_arguments(op, {**leaves, **tensors}, options)
-        found = library.gradients(call, dz, dkl, [t is not None for t in call[:4]])
+        found = LATENT.gradients(call, (dz, dkl), [t is not None for t in call[:4]])
         for grad, like in zip(found, call[:4], strict=True):
             if grad is not None and like is not None:
                 assert (grad.shape, grad.dtype, grad.device) == (like.shape, like.dtype, like.device)

@@ -115,11 +115,11 @@ def test_empty_tensors(backend, shape):
 @pytest.mark.parametrize("shape", [(5,), (3, 127), (3, 128), (2, 3, 5)], ids=str)
 def test_float32_z_has_one_set_of_bits(isa, monkeypatch, param, samples, shape):
     """Every instruction set of the CPU, and Triton, agree on z bit for bit."""
-    from reparam_kernels.backends import cpu, triton
-    from reparam_kernels.spec import prepare
+    from reparam_kernels.ops.latent import cpu, triton
+    from reparam_kernels.ops.latent.arguments import make_arguments
 
     mu, x = inputs(shape, torch.float32, param, scale=3.0)
-    call = prepare("test", mu, x, z=True, seed=77, param=param, sample_shape=samples)
+    call = make_arguments("test", mu, x, z=True, seed=77, param=param, sample_shape=samples)
     assert torch.equal(cpu.forward(call)[0], triton.forward(call)[0])
 
 
@@ -185,10 +185,15 @@ def test_a_prior_that_is_no_number_is_refused(bad):
         rk.kl_divergence(mu, x, prior=(bad, 1.0))
 
 
-def test_two_tensors_without_dims_keep_the_rule_of_one_dtype():
-    mu, x = inputs(())
-    with pytest.raises(TypeError, match="mu_p must have the dtype of mu"):
-        rk.kl_divergence(mu, x, prior=(torch.tensor(0.0).double(), 1.0))
+@pytest.mark.parametrize("prior", [(torch.tensor(0.0).double(), 1), (torch.tensor(0), torch.tensor(1.0).half())], ids=str)
+def test_a_prior_without_dims_is_a_number_for_mu_without_dims_too(prior):
+    """And so inside vmap, where a row has no dims."""
+    mu, x = inputs((3,))
+    want = rk.kl_divergence(mu, x, prior=(0.0, 1.0), event_ndim=0)
+    assert torch.equal(rk.kl_divergence(mu[0], x[0], prior=prior), want[0])
+    got = torch.vmap(lambda m, v: rk.kl_divergence(m, v, prior=prior))(mu, x)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    assert got.dtype == torch.float32
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e-3, 1e-2, 0.1, 1.0, 3.0, 10.0])

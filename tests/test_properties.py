@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import softplus
 
 import reparam_kernels as rk
-from reparam_kernels.reference import log_sigma, sigma_of
-from reparam_kernels.spec import accumulate_dtype
+from reparam_kernels.core.dtypes import compute_dtype
+from reparam_kernels.ops.latent.formula import log_sigma, sigma_of
 from tests.cases import DTYPES, PARAMS, UNIT, noise
 from tests.conftest import forget, use_backend
 
@@ -31,8 +31,8 @@ FEW, FEW_SOFTPLUS, FEW_WIDE = 16, 24, 64
 DRAW = ("sample_shape", "seed", "eps")
 
 small = st.lists(st.integers(0, 6), max_size=4).map(tuple)
-across_chunks = st.sampled_from([(1024,), (1030,), (2, 1029), (3, 700), (40, 33), (5, 3, 70)])
-shapes = st.one_of(*[small] * 7, across_chunks)
+across_pieces = st.sampled_from([(1024,), (1030,), (2, 1029), (3, 700), (40, 33), (5, 3, 70)])
+shapes = st.one_of(*[small] * 7, across_pieces)
 
 
 @st.composite
@@ -86,7 +86,7 @@ def calls(draw):
     if op != "reparameterize":
         options["event_ndim"] = event_ndim = draw(st.none() | st.integers(0, len(shape)))
         kept = max(len(shape) - 1, min(len(shape), 1)) if event_ndim is None else event_ndim
-        dkl = draw(laid_out(shape[: len(shape) - kept], accumulate_dtype(dtype)))
+        dkl = draw(laid_out(shape[: len(shape) - kept], compute_dtype(dtype)))
         prior = draw(st.sampled_from(["none", "numbers", "tensors"] if op != "packed" else ["none", "tensors"]))
         if prior == "numbers":
             options["prior"] = (0.5, 1.5)
@@ -221,7 +221,7 @@ def check(call):
         eps = options.get("eps")
         eps = noise(z.shape, options["seed"], options["sample_shape"]) if eps is None else eps
     dtype = next(iter(tensors.values())).dtype
-    arithmetic = accumulate_dtype(dtype)
+    arithmetic = compute_dtype(dtype)
 
     def by(function, to):
         """z, kl and the gradients of a formula, in another dtype."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import reparam_kernels as rk
-from reparam_kernels.backends import cpu
+from reparam_kernels.ops.latent import cpu
 from tests import oracle
 from tests.cases import assert_near
 

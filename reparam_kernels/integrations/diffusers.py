@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.distributions.utils import lazy_property
 from torch.nn.functional import softplus
 
-from .. import checks
-from ..api import kl_divergence
-from ..distribution import DiagonalGaussian
-from ..spec import accumulate_dtype
+from ..core import checks
+from ..core.dtypes import compute_dtype
+from ..diagonal_gaussian import DiagonalGaussian
+from ..ops.latent import kl_divergence
 from .patching import Patch, require
 
 __all__ = ["DiagonalGaussianDistribution", "OobleckDiagonalGaussianDistribution", "patch"]
@@ -33,20 +33,17 @@ class Posterior:
         *,
         chunk_dim: int = 1,
         noise: str = "torch",
-        mend_quirks: bool = False,
+        fix_upstream_bugs: bool = False,
     ) -> None:
         where = type(self).__name__
         checks.floating(where, "parameters", parameters)
         if noise not in ("torch", "philox"):
-            checks.fail(
-                ValueError,
-                where,
-                'noise must be "torch" or "philox"',
-                repr(noise),
-                "The first draws what diffusers draws, the second stores nothing.",
+            raise ValueError(
+                f'{where}: noise must be "torch" or "philox"; got {noise!r}. '
+                "The first draws what diffusers draws, the second stores nothing."
             )
         self.parameters, self.deterministic = parameters, deterministic
-        self.chunk_dim, self.noise, self.mend_quirks = chunk_dim, noise, mend_quirks
+        self.chunk_dim, self.noise, self.fix_upstream_bugs = chunk_dim, noise, fix_upstream_bugs
         self.mean, self._x = torch.chunk(parameters, 2, dim=chunk_dim)
 
     def _packed(self) -> DiagonalGaussian:
@@ -61,12 +58,9 @@ class Posterior:
     def sample(self, generator: Generators = None, *, seed: int | Tensor | None = None) -> Tensor:
         """z; seed, for the "philox" noise, instead of a generator: one for all, or one for each item."""
         if seed is not None and self.noise == "torch":
-            checks.fail(
-                ValueError,
-                f"{type(self).__name__}.sample",
-                'seed goes with noise="philox"',
-                'noise="torch"',
-                'Pass a generator, or build the posterior with noise="philox".',
+            raise ValueError(
+                f'{type(self).__name__}.sample: seed goes with noise="philox"; got noise="torch". '
+                'Pass a generator, or build the posterior with noise="philox".'
             )
         if self._mean_only():
             return self.mean.clone()
@@ -82,9 +76,9 @@ class Posterior:
 
     def _zero(self, *shape: int) -> Tensor:
         """The KL of a deterministic posterior: theirs is one zero on the CPU."""
-        if not self.mend_quirks:
+        if not self.fix_upstream_bugs:
             return torch.zeros(1, device="cpu")
-        return self.mean.new_zeros(shape, dtype=accumulate_dtype(self.mean.dtype))
+        return self.mean.new_zeros(shape, dtype=compute_dtype(self.mean.dtype))
 
 
 class DiagonalGaussianDistribution(Posterior):
@@ -103,12 +97,12 @@ class DiagonalGaussianDistribution(Posterior):
         noise: "torch" draws what diffusers' class draws and gives the same z to the bit; "philox" draws one seed for
             each item and stores no noise. sample takes one generator, a list with one for each item, or a CPU generator
             for a tensor on a GPU in both.
-        mend_quirks: False keeps theirs: kl and nll sum over dims 1 to 3 whatever the rank (5-D gives (B, W), 3-D
+        fix_upstream_bugs: False keeps theirs: kl and nll sum over dims 1 to 3 whatever the rank (5-D gives (B, W), 3-D
             raises), a deterministic posterior's are torch.zeros(1) on the CPU. True sums over all but the first dim.
 
     Raises:
         TypeError, ValueError: a dtype that is not one of the four, an unknown noise.
-        IndexError: kl and nll of fewer than four dims, unless mend_quirks is True.
+        IndexError: kl and nll of fewer than four dims, unless fix_upstream_bugs is True.
 
     Source:
         Kingma and Welling, "Auto-Encoding Variational Bayes", 2014; Rombach et al., "High-Resolution Image Synthesis
@@ -140,19 +134,17 @@ class DiagonalGaussianDistribution(Posterior):
         )
 
     def _mean_only(self) -> bool:
-        return self.deterministic and (self.mend_quirks or self.noise == "philox")  # theirs draws all the same
+        return self.deterministic and (self.fix_upstream_bugs or self.noise == "philox")  # theirs draws all the same
 
     def _dims(self, method: str) -> tuple[int, ...]:
         ndim = self.mean.dim()
-        if self.mend_quirks:
+        if self.fix_upstream_bugs:
             return tuple(range(1, ndim))
         if ndim < 4:
-            checks.fail(
-                IndexError,
-                f"{type(self).__name__}.{method}",
-                "parameters must have at least 4 dims, for it sums over dims 1 to 3 as diffusers does",
-                f"shape {tuple(self.parameters.shape)}",
-                "Pass mend_quirks=True to sum over all dims but the first.",
+            raise IndexError(
+                f"{type(self).__name__}.{method}: parameters must have at least 4 dims, for it sums over dims 1 to 3 "
+                f"as diffusers does; got shape {tuple(self.parameters.shape)}. "
+                "Pass fix_upstream_bugs=True to sum over all dims but the first."
             )
         return (1, 2, 3)
 
@@ -180,7 +172,7 @@ class DiagonalGaussianDistribution(Posterior):
         """-log N(sample; mean, var), summed over dims, by default those of kl; plain torch."""
         if self.deterministic:
             return self._zero(self.mean.shape[0])
-        wide = accumulate_dtype(self.mean.dtype)
+        wide = compute_dtype(self.mean.dtype)
         logvar = self.logvar.to(wide)
         squares = (sample.to(wide) - self.mean.to(wide)) ** 2 * torch.exp(-logvar)
         return 0.5 * torch.sum(
@@ -197,8 +189,8 @@ class OobleckDiagonalGaussianDistribution(Posterior):
 
     Args:
         parameters, chunk_dim, noise: as for DiagonalGaussianDistribution.
-        deterministic: see mend_quirks.
-        mend_quirks: False keeps theirs: kl is twice the divergence, kl(other) adds log(var / other.var) where the
+        deterministic: see fix_upstream_bugs.
+        fix_upstream_bugs: False keeps theirs: kl is twice the divergence, kl(other) adds log(var / other.var) where the
             divergence subtracts it, and a deterministic posterior still samples and has torch.zeros(1) for its kl. True
             gives the divergence in nats, and the mean for a deterministic sample. Either way kl sums the channels and
             takes the mean of the rest.
@@ -239,7 +231,7 @@ class OobleckDiagonalGaussianDistribution(Posterior):
         )
 
     def _mean_only(self) -> bool:
-        return self.deterministic and self.mend_quirks
+        return self.deterministic and self.fix_upstream_bugs
 
     def kl(self, other: Any = None) -> Tensor:
         """The divergence from N(0, I) or other, one of this class or of theirs; a scalar."""
@@ -248,7 +240,7 @@ class OobleckDiagonalGaussianDistribution(Posterior):
         places = self.mean.numel() // self.mean.shape[self.chunk_dim]
         if other is None:
             kl = self._packed().kl().sum() / places
-            return kl if self.mend_quirks else 2 * kl
+            return kl if self.fix_upstream_bugs else 2 * kl
         shape = torch.broadcast_shapes(self.mean.shape, other.mean.shape)  # type: ignore[no-untyped-call]
         kl = kl_divergence(
             self.mean.expand(shape),
@@ -258,7 +250,7 @@ class OobleckDiagonalGaussianDistribution(Posterior):
             min_std=1e-4,
         )
         kl = kl.sum() / places
-        if self.mend_quirks:
+        if self.fix_upstream_bugs:
             return kl
         log_std, log_std_p = (torch.log(softplus(x.to(kl.dtype)) + 1e-4) for x in (self._x, other.scale))
         twist: Tensor = (log_std - log_std_p).sum(self.chunk_dim).mean()
@@ -294,32 +286,26 @@ def drawn_on(generator: torch.Generator | None, device: torch.device) -> torch.d
     if generator is None or generator.device.type == device.type:
         return device
     if generator.device.type != "cpu":
-        checks.fail(
-            ValueError,
-            "sample",
-            f"a generator must be on {device} or on the CPU",
-            str(generator.device),
-            "Make it with torch.Generator(device).",
+        raise ValueError(
+            f"sample: a generator must be on {device} or on the CPU; got {generator.device}. "
+            "Make it with torch.Generator(device)."
         )
     return generator.device
 
 
 def enough(generators: Any, count: int) -> None:
     if len(generators) < count:
-        checks.fail(
-            ValueError,
-            "sample",
-            f"a list must have a generator for each of the {count} items",
-            f"{len(generators)}",
-            "Give one for each, or one for all.",
+        raise ValueError(
+            f"sample: a list must have a generator for each of the {count} items; got {len(generators)}. "
+            "Give one for each, or one for all."
         )
 
 
-def patch(noise: str = "torch", mend_quirks: bool = False) -> Patch:
+def patch(noise: str = "torch", fix_upstream_bugs: bool = False) -> Patch:
     """Rebind diffusers' two posteriors to these, in every module of diffusers that has them.
 
     Args:
-        noise, mend_quirks: as for DiagonalGaussianDistribution; by default every image and every quirk stays.
+        noise, fix_upstream_bugs: as for DiagonalGaussianDistribution; by default every image and every quirk stays.
 
     Returns:
         A Patch: `rebound` lists the names (they are logged too); `restore()`, or leaving `with`, puts them back.
@@ -339,7 +325,7 @@ def patch(noise: str = "torch", mend_quirks: bool = False) -> Patch:
     def with_options(ours: type[Posterior]) -> type:
         class Bound(ours):  # type: ignore[misc, valid-type]
             def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
-                super().__init__(parameters, deterministic, noise=noise, mend_quirks=mend_quirks)
+                super().__init__(parameters, deterministic, noise=noise, fix_upstream_bugs=fix_upstream_bugs)
 
         Bound.__name__ = Bound.__qualname__ = ours.__name__
         return Bound

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..api import kl_divergence
 from ..distributions import arithmetic_dtype, brought_together
+from ..ops.latent import kl_divergence
 from . import diffusers
 
 __all__ = ["DiagonalGaussianDistribution", "normal_kl"]
@@ -17,8 +16,8 @@ class DiagonalGaussianDistribution(diffusers.DiagonalGaussianDistribution):
         z = mean + std * torch.randn(mean.shape).to(device)
 
     Args:
-        parameters, deterministic, chunk_dim, noise, mend_quirks: as for diffusers' adapter. z is float32 for the half
-            dtypes, as the original's, with the "torch" noise.
+        parameters, deterministic, chunk_dim, noise, fix_upstream_bugs: as for diffusers' adapter. With the "torch"
+            noise, z is float32 for the half dtypes, as the original's is.
 
     Raises:
         TypeError, ValueError, IndexError: as diffusers' adapter.
@@ -63,7 +62,7 @@ def normal_kl(mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | fl
     given = (mean1, logvar1, mean2, logvar2)
     like = next((t for t in given if isinstance(t, Tensor) and t.is_floating_point()), None)
     if like is None:
-        checks.fail(TypeError, "normal_kl", "at least one argument must be a float tensor", "none", "Wrap one.")
+        raise TypeError("normal_kl: at least one argument must be a float tensor; got none. Wrap one.")
     tensors = [t if isinstance(t, Tensor) else torch.full((), t, dtype=like.dtype, device=like.device) for t in given]
     mu, logvar, mu_p, logvar_p = brought_together(arithmetic_dtype(*tensors), *tensors)
     shape = torch.broadcast_shapes(*(t.shape for t in (mu, logvar, mu_p, logvar_p)))  # type: ignore[no-untyped-call]

@@ -5,8 +5,6 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from .. import checks
-
 log = logging.getLogger(__name__)
 _patched: set[str] = set()
 
@@ -20,12 +18,9 @@ class Patch:
 
     def __init__(self, module: str, swaps: dict[type, type]) -> None:
         if module in _patched:
-            checks.fail(
-                RuntimeError,
-                f"integrations.{module}.patch",
-                f"{module} must not be patched already",
-                "a second patch",
-                "Call restore() on the first.",
+            raise RuntimeError(
+                f"integrations.{module}.patch: {module} must not be patched already; got a second patch. "
+                "Call restore() on the first."
             )
         self._module, self._swaps = module, swaps
         _patched.add(module)
@@ -64,12 +59,9 @@ def require(package: str, module: str, known: tuple[str, ...]) -> None:
     try:
         found = version(package)
     except PackageNotFoundError:
-        checks.fail(ModuleNotFoundError, where, f"{package} must be installed", "no such package", "Install it.")
+        raise ModuleNotFoundError(f"{where}: {package} must be installed; got no such package. Install it.") from None
     if found not in known:
-        checks.fail(
-            RuntimeError,
-            where,
-            f"{package} must be a version that this adapter was tested with, {' or '.join(known)}",
-            found,
-            "Install that one, or use the adapter's class where your model is built.",
+        raise RuntimeError(
+            f"{where}: {package} must be a version that this adapter was tested with, {' or '.join(known)}; "
+            f"got {found}. Install that one, or use the adapter's class where your model is built."
         )

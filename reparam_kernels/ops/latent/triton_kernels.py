@@ -1,4 +1,4 @@
-"""The Triton kernels of the latent layer: randn, forward, backward, and the sum of a row's parts.
+"""The Triton kernels of the latent op: forward, backward, and the sum of a row's parts.
 
 A pointer or operand that is None is absent, or not wanted.
 """
@@ -6,10 +6,9 @@ A pointer or operand that is None is absent, or not wanted.
 import triton
 import triton.language as tl
 
-from ..gpu.elementary import fma
-from ..gpu.gaussian import Latent, clamp, element, in_bounds
-from ..gpu.philox import low_high, philox4x32_10, sqrt_rn
-from ..gpu.tiles import (
+from ...gpu.elementary import fma
+from ...gpu.gaussian import Latent, clamp, element, in_bounds
+from ...gpu.tiles import (
     Operand,
     broadcast_packed_rows,
     contiguous_pointers,
@@ -22,13 +21,6 @@ from ..gpu.tiles import (
     store,
     sum_packed_rows,
 )
-
-
-@triton.jit(do_not_specialize=["rows", "total"])
-def randn_kernel(out_ptr, seed_ptr, rows, total, shape, TILING: tl.constexpr):
-    tile = make_tile(rows, total, shape, TILING)
-    eps = noise(seed_ptr, None, tile.first_col * 0, tile, total, shape, False, TILING)
-    store(contiguous_pointers(out_ptr, tile, shape, TILING), eps, tile.mask)
 
 
 @triton.jit
@@ -169,23 +161,3 @@ def row_sum_kernel(part_ptr, kl_ptr, parts, BLOCK: tl.constexpr):
         i = first + tl.arange(0, BLOCK)
         total += tl.load(part_ptr + row * parts + i, mask=i < parts, other=0.0).to(tl.float64)
     tl.store(kl_ptr + row, tl.sum(total).to(kl_ptr.dtype.element_ty))
-
-
-@triton.jit
-def words_kernel(out_ptr, at_ptr, count, BLOCK: tl.constexpr):
-    """The words [count, 4] of consecutive counters, from (seed, first counter): for the self-test."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    low, high = low_high(tl.load(at_ptr + 1) + i)
-    x0, x1, x2, x3 = philox4x32_10(tl.load(at_ptr), low, high)
-    tl.store(out_ptr + 4 * i, x0.to(tl.int64), mask=i < count)
-    tl.store(out_ptr + 4 * i + 1, x1.to(tl.int64), mask=i < count)
-    tl.store(out_ptr + 4 * i + 2, x2.to(tl.int64), mask=i < count)
-    tl.store(out_ptr + 4 * i + 3, x3.to(tl.int64), mask=i < count)
-
-
-@triton.jit
-def roots_kernel(out_ptr, x_ptr, count, INLINE_PTX: tl.constexpr, BLOCK: tl.constexpr):
-    """The square roots of x [count], as the noise takes them: for the self-test."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + i, mask=i < count, other=1.0)
-    tl.store(out_ptr + i, sqrt_rn(x, INLINE_PTX), mask=i < count)

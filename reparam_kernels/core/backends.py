@@ -1,38 +1,16 @@
-"""The table from device to backend. A backend is a module with randn, forward and backward."""
+"""The table from device to backend, and from backend to the module that holds an op's kernels."""
 
-import contextlib
 import importlib
 import importlib.util
 import os
-import struct
-import sys
 import warnings
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .. import modes
-
-
-def cut_off(library: Path) -> bool:
-    """An ELF file that ends before its table of sections, which comes last: to load it would kill the process."""
-    with library.open("rb") as file:
-        head = file.read(64)
-    if len(head) < 64 or head[:6] != b"\x7fELF\x02\x01":
-        return False  # for the loader to say
-    (table,), (size, count) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)
-    return bool(library.stat().st_size < table + size * count)
-
-
-_spec = importlib.util.find_spec("reparam_kernels._C")
-_CUT_OFF = _spec is not None and _spec.origin is not None and cut_off(Path(_spec.origin))
-if _CUT_OFF:
-    sys.modules["reparam_kernels._C"] = None  # type: ignore[assignment]  # importing it is an ImportError from here on
-with contextlib.suppress(ImportError):  # cpu_missing says why
-    from .. import _C  # noqa: F401  # now, since it must see every fork: csrc/core/dispatch.cpp
+from . import extension, torch_modes
 
 NAMES = ("cpu", "triton", "reference")
 FORCED = os.environ.get("REPARAM_BACKEND")
@@ -41,9 +19,9 @@ if FORCED is not None and FORCED not in NAMES:
 
 
 def cpu_missing() -> str | None:
-    """Why there is no CPU kernel, or None where there is one."""
-    if _CUT_OFF:
-        return "the extension's file is cut off: install the package again"
+    """Why the C++ kernels cannot run, or None if they can."""
+    if isinstance(extension.LOADED, str):
+        return extension.LOADED
     try:
         from . import cpu  # noqa: F401
     except ImportError as error:
@@ -56,13 +34,13 @@ def triton_missing() -> str | None:
 
 
 def interpreting() -> bool:
-    """Triton's interpreter runs its kernels on CPU tensors."""
+    """True if Triton's interpreter runs its kernels, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache
-def name_of(device_type: str) -> str:
-    """The backend for a type of device; the first fallback of each warns."""
+def backend_name(device_type: str) -> str:
+    """The backend for a type of device. The first fallback to the reference warns."""
     if FORCED == "reference" or device_type == "meta":
         return "reference"
     if FORCED == "triton" or (FORCED is None and device_type in ("cuda", "xpu")):
@@ -83,15 +61,15 @@ def name_of(device_type: str) -> str:
 
 
 @cache
-def of(device: torch.device) -> ModuleType | None:
-    """The backend's module, imported when first needed; None: no kernels, so the reference."""
-    name = name_of(device.type)
-    return None if name == "reference" else importlib.import_module(f".{name}", __name__)
+def kernels(package: str, device: torch.device) -> ModuleType | None:
+    """The module with a package's kernels for a device, imported when first needed; None if the reference runs."""
+    name = backend_name(device.type)
+    return None if name == "reference" else importlib.import_module(f"{package}.{name}")
 
 
-@modes.constant_to_the_compiler
+@torch_modes.constant_to_the_compiler
 def has_kernels(device_type: str) -> bool:
-    return name_of(device_type) != "reference"
+    return backend_name(device_type) != "reference"
 
 
 def backend_for(tensor: Tensor) -> str:
@@ -108,4 +86,4 @@ def backend_for(tensor: Tensor) -> str:
         >>> rk.backend_for(torch.zeros(3))
         'cpu'
     """
-    return name_of(tensor.device.type)
+    return backend_name(tensor.device.type)

@@ -1,63 +1,11 @@
-"""The public functions: each checks its arguments, then hands one Call to the executors."""
-
-from typing import Any
+"""The latent layer: a sample of N(mu, sigma^2) and its KL divergence, each alone or both in one pass."""
 
 import torch
 from torch import Tensor
 
-from . import checks, executors
-from .spec import prepare, take_seed
-
-NOISE_VERSION = 1
-
-
-def randn(
-    *size: Any,
-    seed: int | Tensor | None = None,
-    generator: torch.Generator | None = None,
-    out: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    layout: torch.layout = torch.strided,
-    device: torch.device | str | int | None = None,
-    requires_grad: bool = False,
-    pin_memory: bool = False,
-) -> Tensor:
-    """Draw standard normals, the very noise that the sampling ops use.
-
-        eps[i] = Box-Muller(Philox4x32-10(key = seed, counter = i // 4))[i % 4]
-
-    Element i, in row-major order, depends on the seed and i alone: not on dtype, device or thread count.
-
-    Args:
-        size: ints, or one tuple of ints, as for torch.randn.
-        seed: int in [0, 2**63), or an int64 tensor of one element or of size[0] elements, one for each leading item,
-            the element index restarting in each. Default: drawn from the generator.
-        generator: the torch.Generator that the seed is drawn from; default torch's own.
-        out, dtype, layout, device, requires_grad, pin_memory: as for torch.randn; float16, bfloat16, float32 (made in
-            float32, then rounded) or float64 (widened).
-
-    Returns:
-        eps of the given size.
-
-    Raises:
-        TypeError, ValueError: a seed out of range or of the wrong kind; a dtype that is not one of the four.
-
-    Source:
-        Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Box and Muller, 1958.
-
-    Example:
-        >>> import reparam_kernels as rk
-        >>> rk.randn(4, seed=7)
-        tensor([ 2.9158e-04, -3.0485e-01,  1.7888e+00,  1.0679e+00])
-    """
-    result = torch.empty(*size, out=out, dtype=dtype, layout=layout, device=device, pin_memory=pin_memory)
-    checks.floating("randn", "dtype", result)
-    items = result.shape[0] if result.dim() else None
-    seeds = take_seed("randn", seed, generator, result.device, items)
-    with torch.no_grad():
-        eps = executors.noise(result, seeds)
-        result = eps if out is None or eps is out else out.copy_(eps)
-    return result.requires_grad_(requires_grad) if requires_grad else result
+from ...core.execute import execute
+from .arguments import make_arguments
+from .op import LATENT
 
 
 def reparameterize(
@@ -105,7 +53,7 @@ def reparameterize(
         tensor([[ 2.9158e-04, -3.0485e-01],
                 [ 1.7888e+00,  1.0679e+00]])
     """
-    call = prepare(
+    arguments = make_arguments(
         "reparameterize",
         mu,
         logvar,
@@ -118,7 +66,7 @@ def reparameterize(
         min_std=min_std,
         clamp=clamp,
     )
-    z, _ = executors.run(call)
+    z, _ = execute(LATENT, arguments)
     return z  # type: ignore[return-value]
 
 
@@ -158,7 +106,7 @@ def kl_divergence(
         >>> rk.kl_divergence(torch.ones(2, 3), torch.zeros(2, 3))
         tensor([1.5000, 1.5000])
     """
-    call = prepare(
+    arguments = make_arguments(
         "kl_divergence",
         mu,
         logvar,
@@ -169,7 +117,7 @@ def kl_divergence(
         min_std=min_std,
         clamp=clamp,
     )
-    _, kl = executors.run(call)
+    _, kl = execute(LATENT, arguments)
     return kl  # type: ignore[return-value]
 
 
@@ -209,7 +157,7 @@ def reparameterize_kl(
         >>> z.shape, kl
         (torch.Size([2, 3]), tensor([1.5000, 1.5000]))
     """
-    call = prepare(
+    arguments = make_arguments(
         "reparameterize_kl",
         mu,
         logvar,
@@ -225,4 +173,4 @@ def reparameterize_kl(
         min_std=min_std,
         clamp=clamp,
     )
-    return executors.run(call)  # type: ignore[return-value]
+    return execute(LATENT, arguments)  # type: ignore[return-value]

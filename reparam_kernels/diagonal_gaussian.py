@@ -6,9 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, executors
-from .reference import log_sigma, sigma_of
-from .spec import Call, accumulate_dtype, prepare, unpacked
+from .core import checks
+from .core.dtypes import compute_dtype
+from .core.execute import execute
+from .ops.latent.arguments import Arguments, make_arguments, unpacked
+from .ops.latent.formula import log_sigma, sigma_of
+from .ops.latent.op import LATENT
 
 
 class DiagonalGaussian:
@@ -46,7 +49,7 @@ class DiagonalGaussian:
         self._parts: tuple[Tensor, Tensor | None, int | None] = (mu, logvar, None)
         self._options: dict[str, Any] = {"param": param, "min_std": min_std, "clamp": clamp}
         self._event_ndim = event_ndim
-        self._view = self._call(kl=True)
+        self._view = self._arguments(kl=True)
 
     @classmethod
     def from_moments(
@@ -63,45 +66,37 @@ class DiagonalGaussian:
         where = "DiagonalGaussian.from_moments"
         checks.floating(where, "moments", moments)
         if not -moments.dim() <= dim < moments.dim() or moments.shape[dim] % 2:
-            checks.fail(
-                ValueError,
-                where,
-                f"moments must have an even size in dim {dim}",
-                f"shape {tuple(moments.shape)}",
-                "Let the encoder's last layer give twice the latent channels.",
+            raise ValueError(
+                f"{where}: moments must have an even size in dim {dim}; got shape {tuple(moments.shape)}. "
+                "Let the encoder's last layer give twice the latent channels."
             )
         self = cls.__new__(cls)
         self._parts = (moments, None, dim % moments.dim())
         self._options = {"param": param, "min_std": min_std, "clamp": clamp}
         self._event_ndim = event_ndim
-        self._view = self._call(kl=True)
+        self._view = self._arguments(kl=True)
         return self
 
-    def _call(self, **asked: Any) -> Call:
+    def _arguments(self, **asked: Any) -> Arguments:
         mu, x, packed = self._parts
         if asked.get("kl"):
             asked["event_ndim"] = self._event_ndim
-        return prepare("DiagonalGaussian", mu, x, packed=packed, **asked, **self._options)
+        return make_arguments("DiagonalGaussian", mu, x, packed=packed, **asked, **self._options)
 
     def _prior(self, other: "DiagonalGaussian | None") -> tuple[Tensor, Tensor] | None:
         if other is None:
             return None
         if not isinstance(other, DiagonalGaussian):
-            checks.fail(
-                TypeError,
-                "DiagonalGaussian.kl",
-                "other must be a DiagonalGaussian",
-                type(other).__name__,
-                "Make one of the prior's mu and logvar; sample_shape goes by its keyword.",
+            raise TypeError(
+                f"DiagonalGaussian.kl: other must be a DiagonalGaussian; got {type(other).__name__}. "
+                "Make one of the prior's mu and logvar; sample_shape goes by its keyword."
             )
         same = {key: value for key, value in self._options.items() if key != "clamp"}
         if any(other._options[key] != value for key, value in same.items()):
-            checks.fail(
-                ValueError,
-                "DiagonalGaussian.kl",
-                "other must have the same param and min_std",
-                f"{other._options['param']}, {other._options['min_std']}",
-                "Give both distributions the same parameterisation.",
+            raise ValueError(
+                "DiagonalGaussian.kl: other must have the same param and min_std; "
+                f"got {other._options['param']}, {other._options['min_std']}. "
+                "Give both distributions the same parameterisation."
             )
         mu, x = unpacked(other._view)
         clamp = other._options["clamp"]
@@ -116,7 +111,8 @@ class DiagonalGaussian:
         eps: Tensor | None = None,
     ) -> Tensor:
         """z of shape sample_shape + mu.shape, with gradients; keywords as for reparameterize."""
-        z, _ = executors.run(self._call(z=True, sample_shape=sample_shape, seed=seed, generator=generator, eps=eps))
+        noise = {"seed": seed, "generator": generator, "eps": eps}
+        z, _ = execute(LATENT, self._arguments(z=True, sample_shape=sample_shape, **noise))
         return z  # type: ignore[return-value]
 
     def sample(
@@ -133,7 +129,7 @@ class DiagonalGaussian:
 
     def kl(self, other: "DiagonalGaussian | None" = None) -> Tensor:
         """KL(self || other), other being N(0, I) by default; gradients to both."""
-        _, kl = executors.run(self._call(kl=True, prior=self._prior(other)))
+        _, kl = execute(LATENT, self._arguments(kl=True, prior=self._prior(other)))
         return kl  # type: ignore[return-value]
 
     def rsample_kl(
@@ -146,27 +142,20 @@ class DiagonalGaussian:
         eps: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(rsample(sample_shape), kl(other)) in one pass."""
-        return executors.run(  # type: ignore[return-value]
-            self._call(
-                z=True,
-                kl=True,
-                prior=self._prior(other),
-                sample_shape=sample_shape,
-                seed=seed,
-                generator=generator,
-                eps=eps,
-            )
-        )
+        noise = {"seed": seed, "generator": generator, "eps": eps}
+        prior = self._prior(other)
+        arguments = self._arguments(z=True, kl=True, prior=prior, sample_shape=sample_shape, **noise)
+        return execute(LATENT, arguments)  # type: ignore[return-value]
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log N(z; mu, sigma^2) in nats, summed over the event dims; plain torch, in float32 (float64 for float64)."""
         checks.floating("DiagonalGaussian.log_prob", "z", z)
-        wide = accumulate_dtype(self.mean.dtype)
+        wide = compute_dtype(self.mean.dtype)
         mu, x = self.mean.to(wide), self._x().to(wide)
         l = log_sigma(x, self._options["param"], self._options["min_std"])  # noqa: E741
         sigma = sigma_of(x, self._options["param"], self._options["min_std"])
         out = -(((z.to(wide) - mu) / sigma) ** 2) / 2 - l - math.log(2 * math.pi) / 2
-        dims = self._view.spec.event_ndim
+        dims = self._view.config.event_ndim
         return out.sum(dim=tuple(range(-dims, 0))) if dims else out
 
     def mode(self) -> Tensor:
@@ -185,14 +174,16 @@ class DiagonalGaussian:
 
     @property
     def std(self) -> Tensor:
-        """sigma, in mu's dtype."""
+        """sigma, in mu's dtype, as a tensor of its own."""
         x = self._x()
-        wide = x.to(accumulate_dtype(x.dtype))
+        if self._options["param"] == "std":
+            return x.clone(memory_format=torch.contiguous_format)
+        wide = x.to(compute_dtype(x.dtype))
         return sigma_of(wide, self._options["param"], self._options["min_std"]).to(x.dtype)
 
     @property
     def logvar(self) -> Tensor:
         """2 log sigma, in mu's dtype, clamped as asked."""
         x = self._x()
-        wide = x.to(accumulate_dtype(x.dtype))
+        wide = x.to(compute_dtype(x.dtype))
         return (2 * log_sigma(wide, self._options["param"], self._options["min_std"])).to(x.dtype)

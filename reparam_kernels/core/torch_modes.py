@@ -1,4 +1,4 @@
-"""What torch is doing around a call. Every private torch name of the package is here."""
+"""What torch is doing around a call. Every private torch name that the package uses is here."""
 
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -16,28 +16,28 @@ _tracing_state = torch._C._get_tracing_state
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
-def recording() -> bool:
-    """Something reads the ops that run: a dispatch mode (fake tensors, make_fx, flop counting) or torch.jit.trace."""
+def in_dispatch_mode() -> bool:
+    """True if something reads the ops that run: a dispatch mode (fake tensors, make_fx, a flop counter) or a trace."""
     return _dispatch_modes() > 0 or _tracing_state() is not None
 
 
-def transforming() -> bool:
-    """Inside a torch.func transform, or of forward-mode AD."""
+def in_transform() -> bool:
+    """True inside a torch.func transform or forward-mode AD."""
     return _functorch_level() is not None or forward_ad._current_level >= 0
 
 
 def constant_to_the_compiler(f: Callable[P, R]) -> Callable[P, R]:
-    """torch.compiler.assume_constant_result without its import of the compiler, which takes two seconds."""
+    """Do what torch.compiler.assume_constant_result does, without importing the compiler, which takes two seconds."""
     f._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return f
 
 
 @constant_to_the_compiler
 def compiling_a_transform() -> bool:
-    """As transforming(), while torch.compile traces: it enters a transform as it meets one."""
-    return transforming()
+    """True if torch.compile is tracing inside a transform: it enters a transform when it meets one."""
+    return in_transform()
 
 
-def batched(*grads: Tensor | None) -> bool:
-    """Gradients that vmap, or is_grads_batched, holds many of."""
+def is_batched_grad(*grads: Tensor | None) -> bool:
+    """True if vmap or is_grads_batched holds several gradients in one of these."""
     return _functorch_level() is not None or any(g is not None and _is_legacy_batched(g) for g in grads)

@@ -1,0 +1,134 @@
+"""The checks that ops share. Each error reads `where: what must hold; got what. Do this.`"""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dtypes import FLOATS, dtype_name
+
+
+def floating(where: str, name: str, t: Any) -> None:
+    if not isinstance(t, Tensor):
+        got = type(t).__name__
+        raise TypeError(f"{where}: {name} must be a torch.Tensor; got {got}. Wrap it with torch.as_tensor.")
+    if t.dtype not in FLOATS:
+        raise TypeError(
+            f"{where}: {name} must be float16, bfloat16, float32 or float64; got {dtype_name(t.dtype)}. "
+            f"Convert it, for example with {name}.float()."
+        )
+    if t.layout is not torch.strided:
+        raise TypeError(
+            f"{where}: {name} must be a dense (strided) tensor; got {t.layout}. Convert it with {name}.to_dense()."
+        )
+
+
+def on_device_of_mu(where: str, name: str, t: Tensor, mu: Tensor) -> None:
+    if t.device != mu.device:
+        raise ValueError(
+            f"{where}: {name} must be on the device of mu; got mu {mu.device}, {name} {t.device}. "
+            "Move one of them with .to()."
+        )
+
+
+def like_mu(where: str, name: str, t: Tensor, mu: Tensor, shape: bool = True) -> None:
+    """Check that `t` has the device, the dtype and, if `shape`, the shape of mu."""
+    on_device_of_mu(where, name, t, mu)
+    if t.dtype != mu.dtype:
+        raise TypeError(
+            f"{where}: {name} must have the dtype of mu; got mu {dtype_name(mu.dtype)}, {name} {dtype_name(t.dtype)}. "
+            "Convert one of them with .to(), or call inside torch.autocast, where they promote to the widest."
+        )
+    if shape and t.shape != mu.shape:
+        raise ValueError(
+            f"{where}: {name} must have the shape of mu; got mu {tuple(mu.shape)}, {name} {tuple(t.shape)}. "
+            f"Check the encoder's last layer, or expand {name} before the call."
+        )
+
+
+def expands(where: str, name: str, t: Tensor, shape: Sequence[int]) -> None:
+    pairs = zip(reversed(t.shape), reversed(shape), strict=False)
+    if t.dim() > len(shape) or any(own not in (1, size) for own, size in pairs):
+        raise ValueError(
+            f"{where}: {name} must expand to the shape of mu; got mu {tuple(shape)}, {name} {tuple(t.shape)}. "
+            "Give it size 1 in the dims along which it is shared."
+        )
+
+
+def integer(where: str, name: str, value: Any, do: str) -> int:
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    if not isinstance(value, (bool, Tensor)):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{where}: {name} must be an int; got {type(value).__name__}. {do}")
+
+
+def number(where: str, name: str, value: Any, do: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{where}: {name} must be a number; got {type(value).__name__}. {do}")
+    return float(value)
+
+
+def sizes(where: str, name: str, value: Any) -> tuple[int, ...]:
+    do = f"Pass {name}=(5,), for example."
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{where}: {name} must be a tuple of ints; got {type(value).__name__}. {do}")
+    checked = tuple(integer(where, f"each of {name}", size, do) for size in value)
+    if any(size < 0 for size in checked):
+        raise ValueError(f"{where}: {name} must not be negative; got {checked}. {do}")
+    return checked
+
+
+def seed_in_range(where: str, seed: Any) -> int:
+    value = integer(where, "seed", seed, "Pass an int in [0, 2**63), or an int64 tensor on mu's device.")
+    if not 0 <= value < 2**63:
+        raise ValueError(f"{where}: seed must lie in [0, 2**63); got {value}. Reduce it, for example modulo 2**63.")
+    return value
+
+
+def seed_tensor(where: str, seed: Tensor, device: torch.device, items: int | None) -> None:
+    if seed.dtype != torch.int64:
+        raise TypeError(
+            f"{where}: a seed tensor must be int64; got {dtype_name(seed.dtype)}. Convert it with .to(torch.int64)."
+        )
+    if seed.device != device:
+        raise ValueError(
+            f"{where}: a seed tensor must be on the device of the call; got {seed.device}, not {device}. "
+            "Move it with .to()."
+        )
+    if seed.numel() != 1 and (seed.dim() != 1 or seed.numel() != items):
+        per_item = "" if items is None else f", or shape ({items},), one for each leading item"
+        raise ValueError(
+            f"{where}: a seed tensor must have one element{per_item}; got shape {tuple(seed.shape)}. "
+            "Give one seed for the call, or one for each item of the leading dim."
+        )
+
+
+def one_source(where: str, seed: Any, generator: Any, eps: Any) -> None:
+    given = {"seed": seed, "generator": generator, "eps": eps}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(
+            f"{where}: at most one of seed, generator and eps may be given; got {' and '.join(names)}. "
+            "Keep the one that should decide the noise."
+        )
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"{where}: generator must be a torch.Generator; got {type(generator).__name__}. "
+            "Make one with torch.Generator(device).manual_seed(0), or pass seed=."
+        )
+
+
+def local(tensors: Sequence[Tensor | None]) -> None:
+    """Refuse a tensor that is spread over several processes."""
+    for t in tensors:
+        if any(base.__name__ == "DTensor" for base in type(t).__mro__):
+            raise TypeError(
+                "reparam_kernels: mu and the tensors that go with it must be a tensor of this process; got DTensor. "
+                "Call on the local shard, t.to_local(), with a seed of its own for each rank."
+            )

@@ -1,0 +1,40 @@
+"""Chooses the execution path of a call: the kernels, the registered op, or the formula in plain torch."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, torch_modes
+from .op import Op, Outputs
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def execute(op: Op[Any], arguments: Any) -> Outputs:
+    """The outputs of an op; None for one that is not asked for."""
+    tensors, device = arguments[:-1], arguments[0].device
+    learns_noise = any_requires_grad(tensors[op.n_inputs :])  # the kernels give it no gradient
+    if torch.compiler.is_compiling():
+        if not backends.has_kernels(device.type):
+            return op.formula(arguments)
+        in_formula = learns_noise or torch_modes.compiling_a_transform()
+        return op.by_formula(arguments) if in_formula else op.registered(arguments)
+    kernels = op.kernels(device)
+    if kernels is None:
+        return op.formula(arguments)
+    if learns_noise or torch_modes.in_transform():
+        return op.by_formula(arguments)
+    if torch_modes.in_dispatch_mode() or not _PLAIN.issuperset(map(type, tensors)):
+        checks.local(tensors)
+        return op.registered(arguments)
+    if torch.is_grad_enabled() and any_requires_grad(tensors[: op.n_inputs]):
+        return op.eager(arguments)
+    return kernels.forward(arguments)  # type: ignore[no-any-return]
+
+
+def any_requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
+    for t in tensors:  # noqa: SIM110  a generator expression is slower
+        if t is not None and t.requires_grad:
+            return True
+    return False

@@ -1,0 +1,29 @@
+"""The record of the latent op."""
+
+import math
+
+from ...core.op import Op
+from ..noise.op import noise_op
+from .arguments import Arguments, shapes, unpacked
+from .formula import formula
+
+
+def with_noise(arguments: Arguments) -> Arguments:
+    """The arguments with eps as a tensor, made from the seed."""
+    if arguments.seed is None:
+        return arguments
+    samples = arguments.config.sample_shape
+    eps = noise_op(arguments.seed, (*samples, *unpacked(arguments)[0].shape), math.prod(samples))
+    return arguments._replace(seed=None, eps=eps)
+
+
+LATENT = Op(
+    "latent",
+    Arguments,
+    inputs=("mu", "x", "mu_p", "x_p"),
+    outputs=("z", "kl"),
+    formula=formula,
+    shapes=shapes,
+    package=__package__,
+    with_noise=with_noise,
+)

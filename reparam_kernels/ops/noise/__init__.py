@@ -1,0 +1,61 @@
+"""The noise: standard normals that are a function of a seed and an element index."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core import checks
+from ...core.seeds import make_seed
+from .op import draw_into
+
+NOISE_VERSION = 1
+
+
+def randn(
+    *size: Any,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    layout: torch.layout = torch.strided,
+    device: torch.device | str | int | None = None,
+    requires_grad: bool = False,
+    pin_memory: bool = False,
+) -> Tensor:
+    """Draw standard normals, the very noise that the sampling ops use.
+
+        eps[i] = Box-Muller(Philox4x32-10(key = seed, counter = i // 4))[i % 4]
+
+    Element i, in row-major order, depends on the seed and i alone: not on dtype, device or thread count.
+
+    Args:
+        size: ints, or one tuple of ints, as for torch.randn.
+        seed: int in [0, 2**63), or an int64 tensor of one element or of size[0] elements, one for each leading item,
+            the element index restarting in each. Default: drawn from the generator.
+        generator: the torch.Generator that the seed is drawn from; default torch's own.
+        out, dtype, layout, device, requires_grad, pin_memory: as for torch.randn; float16, bfloat16, float32 (made in
+            float32, then rounded) or float64 (widened).
+
+    Returns:
+        eps of the given size.
+
+    Raises:
+        TypeError, ValueError: a seed out of range or of the wrong kind; a dtype that is not one of the four.
+
+    Source:
+        Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Box and Muller, 1958.
+
+    Example:
+        >>> import reparam_kernels as rk
+        >>> rk.randn(4, seed=7)
+        tensor([ 2.9158e-04, -3.0485e-01,  1.7888e+00,  1.0679e+00])
+    """
+    result = torch.empty(*size, out=out, dtype=dtype, layout=layout, device=device, pin_memory=pin_memory)
+    checks.floating("randn", "dtype", result)
+    items = result.shape[0] if result.dim() else None
+    seeds = make_seed("randn", seed, generator, result.device, items)
+    with torch.no_grad():
+        eps = draw_into(result, seeds)
+        result = eps if out is None or eps is out else out.copy_(eps)
+    return result.requires_grad_(requires_grad) if requires_grad else result

@@ -1,0 +1,35 @@
+"""The noise in plain torch and float64: the truth for the kernels, and what runs if there are none."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def philox4x32_10(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
+    """Four 32-bit words for each counter of four and key of two, all held in int64 (Salmon et al., SC 2011)."""
+    mask = 0xFFFFFFFF
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32) & mask ^ c1 ^ k0, p1 & mask, (p0 >> 32) & mask ^ c3 ^ k1, p0 & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return [c0, c1, c2, c3]
+
+
+def reference_noise(seed: Tensor, shape: tuple[int, ...], samples: int = 1) -> Tensor:
+    """eps, version 1, in float64. The shape begins with the samples; each seed gives an equal part of the rest."""
+    device = torch.device("cpu") if seed.device.type == "mps" else seed.device
+    i = torch.arange(math.prod(shape), device=device)
+    n = max(i.numel() // max(samples, 1), 1)
+    group = max(n // max(seed.numel(), 1), 1)
+    key = seed.to(device).index_select(0, i % n // group)
+    index = i // n * group + i % group  # restarts in each group
+    c, word = index // 4, index % 4
+    zero = torch.zeros_like(c)
+    x = philox4x32_10([c & 0xFFFFFFFF, c >> 32, zero, zero], [key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF])
+    radius, angle = torch.where(word < 2, x[0], x[2]), torch.where(word < 2, x[1], x[3])
+    r = torch.sqrt(-2 * torch.log((radius.double() + 0.5) / 2**32))
+    t = 2 * math.pi * (angle.double() + 0.5) / 2**32
+    eps = r * torch.where(word % 2 == 0, torch.cos(t), torch.sin(t))
+    return eps.reshape(shape) if device == seed.device else eps.reshape(shape).float().to(seed.device)
