@@ -21,7 +21,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from reparam_kernels.core import backends
-from reparam_kernels.ops.latent import triton as launcher
+from reparam_kernels.ops.latent import triton as latent
+from reparam_kernels.ops.noise import triton as noise
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -70,9 +71,11 @@ def compiling(target: str) -> Iterator[list[Launch]]:
         code = run(self, *args, grid=grid, warmup=True, **constants)
         launches.append(Launch(self.__name__, target, grid, args, constants, code))
 
-    before = launcher.compiler, backends.backend_name, backends.FORCED
+    launchers = (latent, noise)
+    before = [launcher.compiler for launcher in launchers], backends.backend_name
     JITFunction.run = record
-    launcher.compiler = lambda: TARGETS[target].backend
+    for launcher in launchers:
+        launcher.compiler = lambda: TARGETS[target].backend
     backends.backend_name = lambda device_type: "triton"
     backends.kernels.cache_clear()
     driver.set_active(Stub(target))
@@ -80,7 +83,9 @@ def compiling(target: str) -> Iterator[list[Launch]]:
         yield launches
     finally:
         JITFunction.run = run
-        launcher.compiler, backends.backend_name, backends.FORCED = before
+        for launcher, compiler in zip(launchers, before[0], strict=True):
+            launcher.compiler = compiler
+        backends.backend_name = before[1]
         backends.kernels.cache_clear()
 
 

@@ -9,15 +9,18 @@ Tensors may be meta tensors, which have shapes and strides and no storage, so 2^
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
 from reparam_kernels.core import backends
 from reparam_kernels.gpu import plan as planner
-from reparam_kernels.ops.latent import triton as launcher
+from reparam_kernels.ops.latent import triton as latent
+from reparam_kernels.ops.noise import triton as noise
 
+LAUNCHERS = (latent, noise)
 OUTPUTS = {"out_ptr", "z_ptr", "kl_ptr", "dmu_ptr", "dx_ptr", "dmu_p_ptr", "dx_p_ptr"}
 
 
@@ -73,9 +76,19 @@ def kept(signature: Any, value: Any) -> list[Any]:
 
 
 @contextmanager
+def replaced(**names: Any) -> Iterator[None]:
+    """Inside, each name in every op's module of launches is something else."""
+    with ExitStack() as stack:
+        for module in LAUNCHERS:
+            for name, value in names.items():
+                stack.enter_context(mock.patch.object(module, name, value))
+        yield
+
+
+@contextmanager
 def planned(grid_limit: int | None = None, grid_2d_width: int | None = None, **tiling: Any) -> Iterator[None]:
     """Inside, launches are planned as for tensors that no memory holds. tiling: fields of the plan's Tiling to set."""
-    before = planner.GRID_LIMIT, planner.GRID_2D_WIDTH, launcher.plan_launch
+    before = planner.GRID_LIMIT, planner.GRID_2D_WIDTH
 
     def plan_launch(key: planner.LaunchKey) -> planner.Plan:
         plan = planner.plan_launch.__wrapped__(key)  # not the kept plan of another limit
@@ -83,11 +96,11 @@ def planned(grid_limit: int | None = None, grid_2d_width: int | None = None, **t
 
     planner.GRID_LIMIT = before[0] if grid_limit is None else grid_limit
     planner.GRID_2D_WIDTH = before[1] if grid_2d_width is None else grid_2d_width
-    launcher.plan_launch = plan_launch
     try:
-        yield
+        with replaced(plan_launch=plan_launch):
+            yield
     finally:
-        planner.GRID_LIMIT, planner.GRID_2D_WIDTH, launcher.plan_launch = before
+        planner.GRID_LIMIT, planner.GRID_2D_WIDTH = before
 
 
 @contextmanager
@@ -106,14 +119,13 @@ def recording(
         if execute is not None:
             execute(launches[-1])
 
-    before = launcher.launch, launcher.compiler, backends.backend_name
-    launcher.launch = record
-    launcher.compiler = lambda: compiler
-    backends.backend_name = lambda device_type: "triton"
     backends.kernels.cache_clear()
     try:
-        with planned(**plan):
+        with (
+            mock.patch.object(backends, "backend_name", return_value="triton"),
+            replaced(launch=record, compiler=lambda: compiler),
+            planned(**plan),
+        ):
             yield launches
     finally:
-        launcher.launch, launcher.compiler, backends.backend_name = before
         backends.kernels.cache_clear()

@@ -120,7 +120,7 @@ def test_backward_gets_what_forward_had():
     mu, x = torch.zeros(64, 20), torch.zeros(64, 20)
     call, z, kl, (ahead,) = forward(mu, x)
     with recording() as launches:
-        dmu, dx, *_ = launcher.backward(call, torch.zeros_like(z), torch.zeros_like(kl), (True, True, False, False))
+        dmu, dx, *_ = launcher.backward(call, (torch.zeros_like(z), torch.zeros_like(kl)), (True, True, False, False))
     (launch,) = launches
     assert launch.grid == ahead.grid
     assert launch.constants == ahead.constants

@@ -2,31 +2,31 @@
 
 import pytest
 import torch
-from reparam_kernels.spec import unpacked
 
-from reparam_kernels import executors
+from reparam_kernels import diagonal_gaussian
+from reparam_kernels.core.execute import execute
 from reparam_kernels.integrations import diffusers
 from reparam_kernels.integrations.diffusers import DiagonalGaussianDistribution, OobleckDiagonalGaussianDistribution
+from reparam_kernels.ops import latent
+from reparam_kernels.ops.latent.arguments import unpacked
 from tests import test_distributions, test_drop_in, test_integrations, test_losses
 
-run = executors.run
 
-
-def scaled_noise(call):
-    z, kl = run(call)
-    mu = unpacked(call)[0]
+def scaled_noise(op, arguments):
+    z, kl = execute(op, arguments)
+    mu = unpacked(arguments)[0]
     return None if z is None else mu + 1.5 * (z - mu), kl
 
 
-def no_gradient_to_sigma(call):
-    mu, x = unpacked(call)
-    if call.x is None:
-        return run(call._replace(mu=torch.cat([mu, x.detach()], call.config.packed)))
-    return run(call._replace(x=x.detach()))
+def no_gradient_to_sigma(op, arguments):
+    mu, x = unpacked(arguments)
+    if arguments.x is None:
+        return execute(op, arguments._replace(mu=torch.cat([mu, x.detach()], arguments.config.packed)))
+    return execute(op, arguments._replace(x=x.detach()))
 
 
-def scaled_kl(call):
-    z, kl = run(call)
+def scaled_kl(op, arguments):
+    z, kl = execute(op, arguments)
     return z, None if kl is None else 1.01 * kl
 
 
@@ -85,7 +85,8 @@ def balancing():
 def test_the_op_s_mutants_are_caught(mutation, test, monkeypatch):
     torch.manual_seed(0)
     test()
-    monkeypatch.setattr(executors, "run", mutation)
+    for module in (latent, diagonal_gaussian):
+        monkeypatch.setattr(module, "execute", mutation)
     torch.manual_seed(0)
     with pytest.raises(AssertionError):
         test()

@@ -239,7 +239,7 @@ def _prior_tensor(where: str, name: str, value: Any, mu: Tensor, shape: torch.Si
             raise ValueError(f"{where}: {name} must be finite; got {number}. A prior of infinite width has no KL.")
         dtype = compute_dtype(mu.dtype)
         if abs(number) > torch.finfo(dtype).max:
-            raise ValueError(f"{where}: {name} must fit {dtype_name(dtype)}; got {number}. Use float64 for mu and logvar.")
+            raise ValueError(f"{where}: {name} must fit {dtype_name(dtype)}; got {number}. Use float64 throughout.")
         return torch.full((), number, dtype=dtype, device=mu.device)
     value = _as_number(value, mu)
     checks.floating(where, name, value)
