@@ -116,8 +116,7 @@ def words(device: torch.device) -> Iterator[str]:
 
 def sqrt_of(x: Tensor) -> Tensor:
     """The square roots that the Triton kernels take."""
-    from .gpu.launch import launch
-    from .gpu.plan import compiler
+    from .gpu.launch import compiler, launch
     from .ops.noise import triton_kernels as kernels
 
     out = torch.empty_like(x)

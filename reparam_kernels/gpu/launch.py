@@ -4,10 +4,18 @@ import contextlib
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from .plan import Strides
 from .tiles import Operand
+
+
+def compiler() -> str:
+    """Who compiles the kernels: "cuda", "hip" or "other"; "" if they are interpreted."""
+    if triton.knobs.runtime.interpret:
+        return ""
+    return "hip" if torch.version.hip else "cuda" if torch.version.cuda else "other"
 
 
 def device_guard(device: torch.device) -> Any:

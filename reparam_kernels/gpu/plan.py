@@ -10,7 +10,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import tiles
@@ -31,13 +30,6 @@ class TileConfig(NamedTuple):
 
 CUDA = TileConfig(2048, 512, 4, 88)
 HIP = TileConfig(2048, 512, 4, None)
-
-
-def compiler() -> str:
-    """Who compiles the kernels: "cuda", "hip" or "other"; "" if they are interpreted."""
-    if triton.knobs.runtime.interpret:
-        return ""
-    return "hip" if torch.version.hip else "cuda" if torch.version.cuda else "other"
 
 
 class View(NamedTuple):
@@ -62,7 +54,7 @@ class LaunchKey(NamedTuple):
     """All that a plan depends on."""
 
     kernel: str  # "randn", "forward" or "backward"
-    compiler: str
+    compiler: str  # "cuda", "hip" or "other"; "" if the kernels are interpreted
     dtype: torch.dtype
     numel: int
     samples: int

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ...core.dtypes import compute_dtype
 from ...gpu.gaussian import Options
-from ...gpu.launch import launch, operand
-from ...gpu.plan import LaunchKey, Plan, compiler, next_power_of_2, plan_launch, run_time_numbers, views_of
+from ...gpu.launch import compiler, launch, operand
+from ...gpu.plan import LaunchKey, Plan, next_power_of_2, plan_launch, run_time_numbers, views_of
 from ...gpu.tiles import GradStrides, Operand
 from . import triton_kernels as kernels
 from .arguments import PARAMS, Arguments, Config, empty_prior_gradient, expanded_prior, unpacked

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from ...gpu.launch import launch
-from ...gpu.plan import LaunchKey, compiler, plan_launch, run_time_numbers, views_of
+from ...gpu.launch import compiler, launch
+from ...gpu.plan import LaunchKey, plan_launch, run_time_numbers, views_of
 from . import triton_kernels as kernels
 
 
