@@ -6,6 +6,7 @@ RUN = $(VENV)/bin/python
 DEMO_ARGS ?= --impl both --epochs 150
 WHY_ARGS ?=
 BENCH_ARGS ?=
+TEST_ARGS ?= -n auto --dist worksteal
 
 .PHONY: demo parity why test test-slow test-arm test-gpu-code test-integrations \
 	quality sanitize fuzz extremes determinism faults scale supply bench lint pins clean
@@ -20,7 +21,7 @@ why: $(VENV)/.ready
 	$(RUN) -m examples.why_reparameterize $(WHY_ARGS)
 
 test: $(VENV)/.ready
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(TEST_ARGS)
 
 test-slow: $(VENV)/.ready
 	$(RUN) -m pytest -m slow
