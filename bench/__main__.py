@@ -58,6 +58,12 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def make_current(device: torch.device) -> None:
+    """Events and memory counters are those of the current device; one without an index is the current one already."""
+    if device.index is not None:
+        torch.cuda.set_device(device)
+
+
 def conditions(args: argparse.Namespace) -> Row:
     """What a number depends on, in every row."""
     machine, isa = processor(), "triton"
@@ -171,8 +177,7 @@ def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
-    if torch.device(args.device).index is not None:
-        torch.cuda.set_device(args.device)  # events and memory counters are those of the current device
+    make_current(torch.device(args.device))
     bandwidth = measure.copy_bandwidth(args.device)
     rows: list[Row] = []
     for op in args.op:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench import measure, providers, steps
+from bench.__main__ import make_current
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,6 +49,13 @@ def test_a_run_survives_a_machine_without_git(tmp_path):
     subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, check=True, capture_output=True, env=env)
     with open(tmp_path / "results.csv", newline="") as file:
         assert {row["commit"] for row in csv.DictReader(file)} == {"unknown"}
+
+
+def test_a_device_with_an_index_is_made_the_current_one():
+    with mock.patch.object(torch.cuda, "set_device") as set_device:
+        for name in ("cpu", "cuda", "cuda:1"):
+            make_current(torch.device(name))
+    set_device.assert_called_once_with(torch.device("cuda:1"))
 
 
 @pytest.mark.parametrize("name", steps.STEPS)

@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import reparam_kernels as rk
 from reparam_kernels.core import backends
+from reparam_kernels.distributions import Normal
 from reparam_kernels.ops.latent.arguments import make_arguments
 from reparam_kernels.ops.latent.op import LATENT
 from tests.conftest import forget
@@ -254,6 +255,23 @@ def test_an_exported_program_saves_loads_draws_and_trains(strict):
     (z.square().sum() + kl.sum()).backward()
     for got, want in zip(loaded.parameters(), layer.parameters(), strict=True):
         assert torch.equal(got.grad, want.grad)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_sample_shape_of_a_dynamic_size_is_exported(strict):
+    class Samples(torch.nn.Module):
+        def forward(self, mu):
+            z, kl = rk.reparameterize_kl(mu, mu, seed=7, sample_shape=(mu.shape[0],))
+            return z, kl, Normal(mu, 1.0, validate_args=False).rsample((mu.shape[0],))
+
+    shapes = {"mu": {0: torch.export.Dim("batch", min=2)}}
+    program = torch.export.export(Samples(), (torch.zeros(4, 6),), dynamic_shapes=shapes, strict=strict).module()
+    graph = make_fx(Samples(), tracing_mode="symbolic")(torch.zeros(4, 6))
+    mu = torch.randn(7, 6)
+    for f in (program, graph):
+        z, kl, draw = f(mu)
+        assert_same((z, kl), rk.reparameterize_kl(mu, mu, seed=7, sample_shape=(7,)))
+        assert draw.shape == (7, 7, 6)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, many

@@ -39,6 +39,28 @@ CASES = {
         ValueError,
         "reparameterize: logvar must be on the device of mu; got mu cpu, logvar meta. Move one of them with .to().",
     ),
+    "mixed dtypes on a device without autocast": (
+        lambda: rk.kl_divergence(MU.to("meta"), X.half().to("meta")),
+        TypeError,
+        "kl_divergence: logvar must have the dtype of mu; got mu float32, logvar float16. "
+        "Convert one of them with .to(), or call inside torch.autocast, where they promote to the widest.",
+    ),
+    "a prior beyond float32": (
+        lambda: rk.kl_divergence(MU, X, prior=(1e300, 0.0)),
+        ValueError,
+        "kl_divergence: mu_p must fit float32; got 1e+300. Use float64 throughout.",
+    ),
+    "samples of a head in eval": (
+        lambda: rk.GaussianHead(32, 2, mean_in_eval=True).eval()(MU, sample_shape=(-1,)),
+        ValueError,
+        "GaussianHead: sample_shape must not be negative; got (-1,). Pass sample_shape=(5,), for example.",
+    ),
+    "two sources for a head in eval": (
+        lambda: rk.GaussianHead(32, 2, mean_in_eval=True).eval()(MU, seed=1, eps=MU),
+        ValueError,
+        "GaussianHead: at most one of seed, generator and eps may be given; got seed and eps. "
+        "Keep the one that should decide the noise.",
+    ),
     "a number for a tensor": (
         lambda: rk.reparameterize(0.0, X),
         TypeError,

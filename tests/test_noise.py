@@ -193,3 +193,13 @@ def test_tails_hold_as_many_as_theory_says(many, bound):
     expected = 2 * stats.norm.sf(bound) * len(many)
     assert stats.poisson.cdf((np.abs(many) > bound).sum(), expected) > 5e-4
     assert stats.poisson.sf((np.abs(many) > bound).sum() - 1, expected) > 5e-4
+
+
+def test_no_items_have_no_noise():
+    """With a seed for each of them, on any device."""
+    seeds, empty = torch.arange(0), torch.zeros(0, 3)
+    for device in ("cpu", "meta"):
+        found = rk.reparameterize(empty.to(device), empty.to(device), seed=seeds.to(device))
+        assert found.shape == rk.randn(0, 3, seed=seeds.to(device), device=device).shape == (0, 3)
+    assert rk.reference.randn(0, 3, seed=seeds).shape == (0, 3)
+    assert rk.reference.reparameterize(empty, empty, seed=seeds).shape == (0, 3)
