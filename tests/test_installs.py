@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import reparam_kernels as rk
-from reparam_kernels.core import backends
+from reparam_kernels import core
 from tests.cases import linux
 from tests.conftest import forget
 from tests.test_backends import SAMPLE, python
@@ -40,10 +40,10 @@ def test_a_torch_that_does_not_lend_its_tensors(monkeypatch, lent, why):
     else:
         monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", lent() if callable(lent) else lent)
     monkeypatch.delitem(sys.modules, "reparam_kernels.core.cpu", raising=False)
-    monkeypatch.delattr(backends, "cpu", raising=False)
+    monkeypatch.delattr(core, "cpu", raising=False)
     forget()
     try:
-        with pytest.raises(ImportError, match=f"torch {torch.__version__.replace('+', '.')} does not provide the DLPack exchange API"):
+        with pytest.raises(ImportError, match=r"torch \S+ does not provide the DLPack exchange API"):
             importlib.import_module("reparam_kernels.core.cpu")
         with pytest.warns(UserWarning, match=f"runs in plain torch on cpu, slower: .*{why}") as seen:
             whole()
