@@ -60,7 +60,7 @@ def report() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m reparam_kernels", description="What this installation runs.")
     commands = parser.add_subparsers(dest="command")
-    command = commands.add_parser("selftest", help="check the kernels of a device against the contract")
+    command = commands.add_parser("selftest", help="check the kernels of a device: bits, gradients, launches")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.command == "selftest":

@@ -1,4 +1,4 @@
-"""python -m reparam_kernels selftest: does this machine's backend keep the contract? Under a minute on a GPU.
+"""python -m reparam_kernels selftest: does this machine's backend keep docs/contract.md? Under a minute on a GPU.
 
 Each check yields what it found wrong, in words; a check that cannot run here says why. The truth is the C++ kernels for
 bits (another compiler, another instruction set), plain torch in float64 for the rest.

@@ -1,4 +1,4 @@
-"""The noise of the contract in numpy, written from its text: words by Philox4x32-10, then the op order bit for bit."""
+"""The noise of docs/contract.md in numpy, written from its text: Philox4x32-10, then the op order bit for bit."""
 
 import numpy as np
 
@@ -73,7 +73,7 @@ def randn(seed, count, first=0):
 
 
 def exact_pair(x, y):
-    """The contract's formula in float64: the radius and the pair."""
+    """The formula of docs/contract.md in float64: the radius and the pair."""
     u = (x.astype(np.float64) + 0.5) / 2**32
     r = np.sqrt(-2 * np.where(u < 0.5, np.log(u), np.log1p(u - 1)))
     t = 2 * np.pi * (y.astype(np.float64) + 0.5) / 2**32

@@ -13,7 +13,7 @@ import pytest
 import reparam_kernels as rk
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")])
 
 
 def public(module):
@@ -57,6 +57,13 @@ def test_python_blocks_of_a_page_run_in_order(page):
 def test_pages_name_tests_that_exist(page):
     for file, test in re.findall(r"`(tests/\w+\.py)::(\w+)`", page.read_text()):
         assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_pages_name_files_that_exist(page):
+    """A path in backticks, from the repository's root, the package or csrc."""
+    for name in re.findall(r"`(\w+/[\w/]*(?:\.\w+)?)(?:::\w+)?`", page.read_text()):
+        assert any((ROOT / base / name).exists() for base in ("", "reparam_kernels", "csrc")), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

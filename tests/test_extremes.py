@@ -1,6 +1,6 @@
 """Extreme values: z, KL and every gradient against the formula's own value, however large or small, in every backend.
 
-The truth is the contract's formula in 400 bits (mpmath), rounded to the dtype: a number beyond its range is inf. Where
+The truth is the op's formula in 400 bits (mpmath), rounded to the dtype: a number beyond its range is inf. Where
 the formula has a value for finite inputs there may be no NaN. For infinite inputs, the limit where there is one.
 """
 

@@ -150,7 +150,7 @@ def test_bits_do_not_depend_on_threads_or_runs(shape):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-# ---- accuracy of the KL: the contract's line, 1e-6 for each element and each row
+# ---- accuracy of the KL, as docs/contract.md promises: 1e-6 for each element and each row
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

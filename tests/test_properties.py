@@ -25,7 +25,7 @@ DEPTH = int(os.environ.get("FUZZ_DEPTH", "1"))  # how many times as many example
 QUIET = settings(
     deadline=None, derandomize=DEPTH == 1, print_blob=DEPTH > 1, database=None, suppress_health_check=list(HealthCheck)
 )
-# Units of 2^-24: 16 are the contract's 1e-6, which softplus against a prior exceeds on one element in ten million.
+# Units of 2^-24: 16 are the 1e-6 of docs/contract.md. Softplus with a prior exceeds it on one element in ten million.
 FEW, FEW_SOFTPLUS, FEW_WIDE = 16, 24, 64
 
 DRAW = ("sample_shape", "seed", "eps")

@@ -74,7 +74,7 @@ def test_a_wrong_square_root_is_found(monkeypatch):
 
 
 def test_no_launch_lets_the_compiler_contract(monkeypatch):
-    """Rounding is part of the contract, in the self-test's own kernels too."""
+    """Rounding is part of docs/contract.md, in the self-test's own kernels too."""
     launched = []
     real = interpreter.GridExecutor.__call__
 
