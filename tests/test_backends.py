@@ -102,7 +102,7 @@ print(os.waitpid(child, 0)[1])
     assert python("import warnings; warnings.simplefilter('ignore')\n" + code).strip() == "0"
 
 
-def test_a_data_loader_s_workers_sample():
+def test_data_loader_workers_sample():
     """Two forked workers, after the parent has used its threads; each item has the noise of its seed."""
     code = """
 import torch, reparam_kernels as rk
@@ -121,7 +121,7 @@ print(all(item.equal(rk.randn(1 << 16, seed=i)) for i, item in enumerate(items))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_threads_are_torch_s_own_and_its_count_is_respected():
+def test_threads_belong_to_torch_and_its_count_is_respected():
     """One OpenMP runtime in the process; a Python thread that asks torch for one thread gets no team."""
     code = """
 import os, threading, torch, reparam_kernels as rk

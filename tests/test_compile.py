@@ -65,7 +65,7 @@ def assert_same(got, want):
 
 @ops
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_one_graph_with_eager_s_numbers(op, dynamic):
+def test_one_graph_matches_eager(op, dynamic):
     leaves = inputs(4, 6)
     assert_same(results(torch.compile(op, dynamic=dynamic, **AS_EAGER), leaves), results(op, leaves))
 
@@ -257,7 +257,7 @@ def test_an_exported_program_saves_loads_draws_and_trains(strict):
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, many
-def test_aot_inductor_s_package_runs_in_python(tmp_path):
+def test_aot_inductor_package_runs_in_python(tmp_path):
     layer, h = Layer().eval(), torch.randn(4, 5)
     with torch.no_grad():
         path = torch._inductor.aoti_compile_and_package(

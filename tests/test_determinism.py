@@ -259,7 +259,7 @@ def as_it_was(monkeypatch):
 
 
 @pytest.mark.parametrize("cases", [CASES[4::19], pytest.param(CASES, marks=pytest.mark.slow)], ids=["some", "all"])
-def test_every_way_gives_one_result(cases, record_property):
+def test_every_execution_path_gives_one_result(cases, record_property):
     cells = {}
     for case in cases:
         measure(case, cells)
@@ -283,7 +283,7 @@ SPECIAL = [0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 1e-45, 6e-8, 1e-
 
 @pytest.mark.parametrize("own_prior", [False, True], ids=["unit", "prior"])
 @pytest.mark.parametrize("param", PARAMS)
-def test_special_values_have_one_set_of_bits_too(param, own_prior):
+def test_special_values_have_the_same_bits(param, own_prior):
     """Zeros with their signs, infinities, subnormals; a NaN is a NaN, whatever its bits."""
     values = torch.cartesian_prod(*[torch.tensor(SPECIAL, dtype=torch.float64)] * (2 + 2 * own_prior))
     g = torch.Generator().manual_seed(2)

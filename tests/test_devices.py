@@ -139,7 +139,7 @@ def test_gradients_under_a_default_device():
                 torch.testing.assert_close(g, w)
 
 
-def test_randn_follows_the_default_device_as_torch_s_does():
+def test_randn_follows_the_default_device_as_in_torch():
     with torch.device("meta"):
         assert rk.randn(2, seed=7).device.type == torch.randn(2).device.type == "meta"
         assert rk.reference.randn(2, seed=7).device.type == "meta"

@@ -49,7 +49,7 @@ def first_step(family, way, x, scale):
 # At weights as they start the hierarchy's free bits hold the upper layer's KL; at twice those, none.
 @pytest.mark.parametrize("scale", [1, 2])
 @pytest.mark.parametrize(("family", "way"), WAYS)
-def test_the_first_step_is_that_of_the_lines_before_in_float64(digits, one_noise, family, way, scale):
+def test_first_step_matches_the_original_code_in_float64(digits, one_noise, family, way, scale):
     x = digits.train[:64]
     loss, elbo, gradients = first_step(family, way, x, scale)
     true_loss, true_elbo, true_gradients = first_step(family, "before", x.double(), scale)
@@ -62,7 +62,7 @@ def test_the_first_step_is_that_of_the_lines_before_in_float64(digits, one_noise
         assert error <= 5e-6 * true.abs().max(), name
 
 
-def test_the_adapter_s_z_is_that_of_the_lines_before_to_the_bit():
+def test_adapter_z_bits_match_the_original_code():
     from examples.families import packed
 
     moments = torch.randn(8, 8, 2, 2)

@@ -127,7 +127,7 @@ def test_gradients_match_float64(backend, param, samples, dtype):
             torch.testing.assert_close(g.double(), w, rtol=rounding, atol=2e-6 * largest, msg=name)
 
 
-def test_clamp_s_gradient_is_that_of_torch_clamp(backend):
+def test_clamp_gradient_matches_torch_clamp(backend):
     x = torch.tensor([-3.0, -1.0, 0.0, 2.0, 5.0, float("nan")], requires_grad=True)
     mu = torch.zeros(6)
     z, kl = rk.reparameterize_kl(mu, x, seed=1, clamp=(-1.0, 2.0))
@@ -187,7 +187,7 @@ def test_only_the_inputs_and_the_seed_are_saved(backend):
     assert not saved
 
 
-def test_the_prior_s_gradients_have_its_own_shape(backend):
+def test_prior_gradients_have_the_shape_of_the_prior(backend):
     mu, x = inputs((2, 4, 5))
     prior = (torch.zeros(4, 1, requires_grad=True), torch.tensor(0.5, requires_grad=True))
     kl = rk.kl_divergence(mu, x, prior=prior)

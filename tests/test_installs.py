@@ -33,7 +33,7 @@ def other_version():
     [(None, "no attribute '__dlpack_c_exchange_api__'"), (object(), "PyCapsule"), (other_version, "unknown DLPack")],
     ids=["absent", "foreign", "version"],
 )
-def test_a_torch_that_does_not_lend_its_tensors(monkeypatch, lent, why):
+def test_a_torch_without_the_exchange_api(monkeypatch, lent, why):
     """As torch 2.9 does not: one warning that names the torch, and the reference."""
     if lent is None:
         monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__")

@@ -113,7 +113,7 @@ def test_capacity_loss_takes_the_mean_first():
     assert kl.grad.tolist() == [-5.0, -5.0]
 
 
-def test_masked_mean_divides_by_the_mask_s_own_sum():
+def test_masked_mean_divides_by_the_sum_of_the_mask():
     lengths, kl = [3, 5], torch.rand(2, 7, 5, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[t < length for t in range(5)] for length in lengths])[:, None]
     want = sum(kl[b, c, t].item() for b in range(2) for c in range(7) for t in range(lengths[b])) / sum(lengths)

@@ -121,7 +121,7 @@ def test_the_wheel_says_what_pyproject_says(built):
 
 
 @pytest.mark.slow
-def test_the_record_has_each_file_s_hash(built):
+def test_the_record_hashes_each_file(built):
     files = built.files(built.wheel)
     record = f"{built.name}.dist-info/RECORD"
     lines = files.pop(record).decode().split()
@@ -134,7 +134,7 @@ def test_the_record_has_each_file_s_hash(built):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("readelf"), reason="readelf lists what a library asks for")
-def test_the_extension_needs_the_system_s_libraries_alone(built, tmp_path):
+def test_the_extension_needs_only_system_libraries(built, tmp_path):
     (tmp_path / "_C.so").write_bytes(built.files(built.wheel)[EXTENSION])
     done = subprocess.run(
         ["readelf", "-dW", tmp_path / "_C.so"], check=True, capture_output=True, text=True, env={"LC_ALL": "C"}

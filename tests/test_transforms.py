@@ -89,7 +89,7 @@ def test_many_gradients_at_once():
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_only_one_input_learns(which):
+def test_gradient_to_one_input_only(which):
     leaves = inputs(3, 4)
     leaves[which].requires_grad_()
     (got,) = torch.autograd.grad(CASES["both"](*leaves).sum(), leaves[which])
@@ -97,7 +97,7 @@ def test_only_one_input_learns(which):
     torch.testing.assert_close(got, want)
 
 
-def test_no_zero_is_made_up_for_the_output_that_is_not_used(monkeypatch):
+def test_unused_outputs_get_no_zero_gradient(monkeypatch):
     from reparam_kernels.ops.latent import cpu
 
     seen = []
@@ -165,7 +165,7 @@ def test_nested_vmap():
     torch.testing.assert_close(vmap(vmap(CASES["both"]))(mu, x), want)
 
 
-def test_vmap_s_randomness():
+def test_vmap_randomness():
     mu = torch.zeros(3, 2, 500)
     with pytest.raises(RuntimeError, match="randomness"):
         vmap(rk.reparameterize)(mu, mu)

@@ -24,7 +24,7 @@ PICTURES = {"paths", "spread", "descent", "elbo", "gradient_variance", "memory",
 # ---- the graph
 
 
-def test_graph_ends_where_autograd_s_does():
+def test_graph_ends_at_the_autograd_leaves():
     mu, sigma = (torch.ones(2, requires_grad=True) for _ in range(2))
     assert graph(Normal(mu, sigma).sample()) == "no grad_fn: nothing leads back from here"
     plain = graph(mu + sigma * torch.randn(2), mu=mu, sigma=sigma)
@@ -118,7 +118,7 @@ def small():
     return model, torch.rand(5, 4, dtype=torch.float64)
 
 
-def test_estimators_share_the_terms_the_decoder_s_gradient_and_the_kl_s(small):
+def test_estimators_share_terms_decoder_gradient_and_kl_gradient(small):
     vae, x = small
     want = vae(x, 7)
     decoder = list(vae.decoder.parameters())
@@ -240,7 +240,7 @@ print([len(re.findall(r"async_compile.cpp_pybinding", code)) for code in codes])
 # ---- digits of the KL
 
 
-def test_precision_s_truth_is_the_series():
+def test_precision_truth_matches_the_series():
     """Against the KL's power series, near collapse, and against long doubles, away from it."""
 
     def series(mu, logvar):

@@ -69,7 +69,7 @@ def test_kl_sums_over_the_event_dims(backend, shape, event_ndim):
 
 @pytest.mark.parametrize("shape", [(5, 3), (5, 4), (5, 2, 3), (5,), (5, 1, 1)], ids=str)
 @pytest.mark.parametrize("samples", [(), (3,), (2, 2)], ids=str)
-def test_items_may_have_seeds_of_their_own(backend, shape, samples):
+def test_per_item_seeds(backend, shape, samples):
     seeds = torch.tensor([5, 2**50, 5, 0, 2**63 - 1])
     check(shape, torch.float32, "logvar", seed=seeds, sample_shape=samples)
     mu, x = inputs(shape)
@@ -113,7 +113,7 @@ def test_empty_tensors(backend, shape):
 @pytest.mark.parametrize("param", PARAMS)
 @pytest.mark.parametrize("samples", [(), (3,)], ids=str)
 @pytest.mark.parametrize("shape", [(5,), (3, 127), (3, 128), (2, 3, 5)], ids=str)
-def test_float32_z_has_one_set_of_bits(isa, monkeypatch, param, samples, shape):
+def test_float32_z_bits_match_on_every_backend(isa, monkeypatch, param, samples, shape):
     """Every instruction set of the CPU, and Triton, agree on z bit for bit."""
     from reparam_kernels.ops.latent import cpu, triton
     from reparam_kernels.ops.latent.arguments import make_arguments
@@ -123,7 +123,7 @@ def test_float32_z_has_one_set_of_bits(isa, monkeypatch, param, samples, shape):
     assert torch.equal(cpu.forward(call)[0], triton.forward(call)[0])
 
 
-def test_kl_and_gradients_have_one_set_of_bits_on_every_instruction_set():
+def test_kl_and_gradient_bits_match_on_every_instruction_set():
     for param, dtype, prior in itertools.product(PARAMS, DTYPES, (None, (0.5, 1.25))):
         results = []
         for isa in _C.available_isas():
@@ -240,7 +240,7 @@ def test_gradients_of_the_kl_are_accurate_too(param, scale):
         assert ((g.double() - w).abs() / w.abs())[sound].max() <= 1.5e-6
 
 
-def test_the_usual_line_is_not():
+def test_the_textbook_kl_is_inaccurate_near_zero():
     """What the rearrangement is for: torch's own line in float32 at a scale of 1e-3."""
     mu, x = inputs((2000, 33), torch.float32, scale=1e-3)
     naive = -0.5 * (1 + x - mu**2 - x.exp()).sum(-1)

@@ -37,7 +37,7 @@ def test_manual_seed_and_fork_rng():
     assert torch.equal(draw(), c)
 
 
-def test_a_generator_governs_alone():
+def test_a_given_generator_is_the_only_one_used():
     before = torch.get_rng_state()
     first = draw(generator=torch.Generator().manual_seed(3))
     again = draw(generator=torch.Generator().manual_seed(3))
@@ -276,18 +276,18 @@ def test_eight_threads_give_what_one_gives():
 
 
 @pytest.mark.parametrize("name", ["_functorch_level", "_dispatch_modes", "_tracing_state", "_is_legacy_batched"])
-def test_private_names_answer_as_they_did(name):
+def test_private_torch_names_behave_as_before(name):
     """If this fails, torch has changed: read reparam_kernels/core/torch_modes.py against the new release."""
     assert callable(getattr(torch_modes, name))
 
 
-def test_the_mark_of_a_constant_is_torch_s_own():
+def test_constant_marker_matches_torch():
     """If this fails, torch has changed: see constant_to_the_compiler in reparam_kernels/core/torch_modes.py."""
     marked = torch.compiler.assume_constant_result(lambda: True)
     assert vars(marked) == vars(torch_modes.constant_to_the_compiler(lambda: True)) != {}
 
 
-def test_modes_are_told_apart():
+def test_modes_are_distinguished():
     """If this fails, torch has changed: see reparam_kernels/core/torch_modes.py and execute.py."""
     from torch.utils.flop_counter import FlopCounterMode
 
