@@ -70,9 +70,9 @@ BROKEN = {
     "absent": (lambda tmp, whole: None, "cannot import name '_C'"),
     "empty": (lambda tmp, whole: b"", "file too short"),
     "half a header": (lambda tmp, whole: whole[:50], "file too short"),
-    "a header": (lambda tmp, whole: whole[:100], "is cut off"),
-    "half": (lambda tmp, whole: whole[: len(whole) // 2], "is cut off"),
-    "all but a byte": (lambda tmp, whole: whole[:-1], "is cut off"),
+    "a header": (lambda tmp, whole: whole[:100], "is truncated"),
+    "half": (lambda tmp, whole: whole[: len(whole) // 2], "is truncated"),
+    "all but a byte": (lambda tmp, whole: whole[:-1], "is truncated"),
     "garbage": (lambda tmp, whole: b"garbage" * 1000, "invalid ELF header"),
     "another machine's": (lambda tmp, whole: whole[:18] + b"\xf3\0" + whole[20:], "cannot open shared object file"),
     "another library": (
