@@ -1,4 +1,4 @@
-"""rk.distributions.Normal beside torch's own: the same object, the fused ops' samples and KL."""
+"""rk.distributions.Normal behaves as torch's, with samples and KL from the fused ops."""
 
 import copy
 import itertools
@@ -109,7 +109,7 @@ def test_gradients_of_a_draw_are_one_and_eps(backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sides", [(Normal, Normal), (Normal, td.Normal), (td.Normal, Normal)], ids=str)
 def test_kl_is_registered_with_torch_normal_on_either_side(sides, dtype):
-    """Values and gradients against torch's own formula in float64, over shapes that broadcast either way."""
+    """Values and gradients match torch's formula in float64, for shapes that broadcast either way."""
     for a, b in [((4, 5), (4, 5)), ((4, 5), ()), ((4, 5), (5,)), ((5,), (4, 5)), ((4, 1, 5), (3, 1)), ((0, 2), (2,))]:
         values = [torch.randn(a), torch.rand(a) + 0.5, torch.randn(b), torch.rand(b) + 0.5]
         ours = [v.to(dtype).requires_grad_() for v in values]
@@ -187,7 +187,7 @@ def test_bad_arguments_raise_as_in_torch_and_pass_without_validation(pair):
 
 
 def test_good_arguments_pass():
-    """Infinity is no NaN, and nothing at all is no bad value."""
+    """Infinities and empty tensors are valid."""
     for pair in [(math.inf, 1.0), (torch.tensor([-math.inf, 0.0]), torch.tensor([math.inf, 5e-45])), *PAIRS]:
         assert Normal(*pair)._validate_args == td.Normal(*pair)._validate_args
 
@@ -216,7 +216,7 @@ def test_a_subclass_with_constraints_of_its_own_is_validated():
 
 
 class Counted(TorchDispatchMode):
-    """Counts the ops that do arithmetic or read a value back."""
+    """Counts the ops that do arithmetic or read a value."""
 
     def __init__(self):
         super().__init__()

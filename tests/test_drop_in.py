@@ -1,4 +1,4 @@
-"""What docs/drop_in.md says of the rows of its table that no other test shows."""
+"""The rows of the table in docs/drop_in.md that no other test covers."""
 
 import math
 import re
@@ -93,7 +93,7 @@ def test_pairwise_densities():
 
 
 def test_sticking_the_landing_has_no_score():
-    """At q = p the path gradient of log q(z) - log p(z) is zero for every z, as Roeder et al. (2017) have it."""
+    """At q = p the path gradient of log q(z) - log p(z) is zero for every z (Roeder et al., 2017)."""
     mu, logvar = torch.zeros(3, 4, requires_grad=True), torch.zeros(3, 4, requires_grad=True)
     z = rk.reparameterize(mu, logvar, seed=0)
     log_q = rk.DiagonalGaussian(mu.detach(), logvar.detach()).log_prob(z)

@@ -1,4 +1,4 @@
-"""z and kl against the reference in float64, over every option, on both backends."""
+"""z and kl match the reference in float64, for every option on both backends."""
 
 import itertools
 
@@ -150,13 +150,13 @@ def test_bits_do_not_depend_on_threads_or_runs(shape):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-# ---- accuracy of the KL: the contract's line, 1e-6 for each element and each row
+# ---- accuracy of the KL: 1e-6 for each element and each row
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("prior_dtype", [*DTYPES, torch.int64], ids=str)
 def test_a_prior_without_dims_is_a_number(backend, dtype, prior_dtype):
-    """As in torch's arithmetic it does not promote; its gradient comes in its own dtype."""
+    """It does not promote, as in torch's arithmetic, and its gradient has its own dtype."""
     mu, x = inputs((4, 5), dtype, "std", requires_grad=True)
     prior = [torch.tensor(v).to(prior_dtype) for v in (1.0, 2.0)]
     learned = [p.requires_grad_() for p in prior] if prior_dtype.is_floating_point else []
@@ -187,7 +187,7 @@ def test_a_prior_that_is_no_number_is_refused(bad):
 
 @pytest.mark.parametrize("dtypes", [(torch.float64, torch.int64), (torch.int64, torch.float16)], ids=str)
 def test_a_prior_without_dims_is_a_number_for_mu_without_dims_too(dtypes):
-    """And so inside vmap, where a row has no dims."""
+    """The same holds inside vmap, in which a row has no dims."""
     prior = tuple(torch.tensor(v).to(dtype) for v, dtype in zip((0, 1), dtypes, strict=True))
     mu, x = inputs((3,))
     want = rk.kl_divergence(mu, x, prior=(0.0, 1.0), event_ndim=0)
@@ -222,7 +222,7 @@ def test_kl_is_accurate_to_a_millionth(param, scale, against):
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 10.0])
 @pytest.mark.parametrize("param", PARAMS)
 def test_gradients_of_the_kl_are_accurate_too(param, scale):
-    """Against a prior far away: of exp(d) the rounding of d alone would be 4e-6."""
+    """The prior is far away: the rounding of d alone would change exp(d) by 4e-6."""
     leaves = [
         *inputs((2000, 33), torch.float32, param, scale),
         *inputs((2000, 33), torch.float32, param, scale, seed=1),
@@ -241,7 +241,7 @@ def test_gradients_of_the_kl_are_accurate_too(param, scale):
 
 
 def test_the_textbook_kl_is_inaccurate_near_zero():
-    """What the rearrangement is for: torch's own line in float32 at a scale of 1e-3."""
+    """The textbook formula in float32 at a scale of 1e-3 shows why the kernels rearrange it."""
     mu, x = inputs((2000, 33), torch.float32, scale=1e-3)
     naive = -0.5 * (1 + x - mu**2 - x.exp()).sum(-1)
     _, _, (_, true) = truth(mu, x, torch.zeros(mu.shape))

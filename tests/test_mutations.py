@@ -1,4 +1,4 @@
-"""The adapters' tests can fail: the noise scaled, the gradient to sigma dropped, the KL scaled, each turns them red."""
+"""The adapters' tests fail if the noise is scaled, the gradient to sigma is dropped, or the KL is scaled."""
 
 import pytest
 import torch

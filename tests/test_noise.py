@@ -1,4 +1,4 @@
-"""Words, eps bits, eps accuracy and eps statistics, against published vectors, numpy and theory."""
+"""Philox words and the bits, accuracy and statistics of eps, against published vectors, numpy and theory."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_eps_bits_match_the_oracle_in_triton(backend, seed):
 
 
 def test_eps_is_exact_for_edge_words_in_every_position(isa):
-    """With 0 the largest radius, with 2^32 - 1 the smallest, and the angles at each quarter turn."""
+    """0 gives the largest radius and 2^32 - 1 the smallest; the angles are at each quarter turn."""
     near = EDGES.astype(np.uint64)
     x, y = np.meshgrid(np.concatenate([EDGES, (near * 3 % 2**32).astype(np.uint32)]), EDGES)
     x, y = x.reshape(-1), y.reshape(-1)
@@ -72,7 +72,7 @@ def test_eps_is_exact_for_edge_words_in_every_position(isa):
 def test_eps_accuracy(isa):
     rng = np.random.default_rng(0)
     x = rng.integers(0, 2**32, 1_000_000, dtype=np.uint32)
-    x[: 2**16] = np.uint32(2**32 - 1) - np.arange(2**16, dtype=np.uint32)  # u near 1, where the logarithm vanishes
+    x[: 2**16] = np.uint32(2**32 - 1) - np.arange(2**16, dtype=np.uint32)  # u near 1, whose logarithm vanishes
     x[2**16 : 2**17] = np.arange(2**16, dtype=np.uint32)
     y = rng.integers(0, 2**32, 1_000_000, dtype=np.uint32)
     got = np.frombuffer(_C.test_box_muller(x.tobytes(), y.tobytes()), dtype=np.float32).reshape(-1, 2)
@@ -91,7 +91,7 @@ def window(out_ptr, seed_ptr, first_group, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize("first", [2**34 - 6, 2**34 - 1, 2**34, 2**34 + 3, 2**36 + 1])
 def test_eps_bits_match_the_oracle_across_the_counter_carry(isa, first):
-    """Element 2^34 is counter 2^32: what a tensor of that size would hold, without the tensor."""
+    """Element 2^34 has counter 2^32; no tensor of that size is made."""
     expected = oracle.randn(5, 40, first=first)
     np.testing.assert_array_equal(np.frombuffer(_C.test_eps(5, first, 40), dtype=np.float32), expected)
     out = torch.zeros(64)
@@ -103,7 +103,7 @@ def test_eps_is_the_same_for_every_dtype(backend):
     eps = eps_of(3, 1001)
     assert torch.equal(eps_of(3, 1001, torch.float64), eps.double())
     for dtype, spacing in ((torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)):
-        # the interpreter truncates to bfloat16 where a GPU rounds
+        # the interpreter truncates to bfloat16, and a GPU rounds
         torch.testing.assert_close(eps_of(3, 1001, dtype).float(), eps, rtol=2 * spacing, atol=6e-8)
         if backend == "cpu":
             assert torch.equal(eps_of(3, 1001, dtype), eps.to(dtype))

@@ -1,4 +1,4 @@
-"""Random state, mixed precision, modules, processes and threads: what a training program does around the ops."""
+"""The ops inside training programs: random state, mixed precision, modules, processes and threads."""
 
 import os
 import subprocess
@@ -123,7 +123,7 @@ def test_mixed_floats_promote_inside_autocast_and_are_refused_outside():
 
 
 def test_a_scaled_float16_step_does_not_overflow():
-    """GradScaler's factor of 65536, at a logvar that plain torch's float16 KL cannot take."""
+    """GradScaler multiplies by 65536, at a logvar whose KL overflows in plain float16."""
     mu = torch.full((4, 6), 0.5, dtype=torch.float16, requires_grad=True)
     x = torch.full((4, 6), 20.0, dtype=torch.float16, requires_grad=True)
     plain = (-0.5 * (1 + x - mu**2 - x.exp())).sum(1)
@@ -170,7 +170,7 @@ def test_jit_trace_of_a_head():
 
 
 def processes(body):
-    """Runs body in two processes joined by gloo; returns what each printed."""
+    """Run body in two processes joined by gloo and return what each printed."""
     code = (
         """
 import os, sys, torch, torch.distributed as dist, reparam_kernels as rk
@@ -205,7 +205,7 @@ def test_two_processes_have_equal_noise_for_equal_seeds_only():
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
 def test_data_parallel_heads_learn_as_one(wrap):
-    """Two ranks with half of the batch each, and a seed for each item, give the whole batch's gradient."""
+    """Two ranks, each with half of the batch and per-item seeds, give the gradient of the whole batch."""
     a, b = processes(f"""
         wrap = {wrap!r}
         torch.manual_seed(0)

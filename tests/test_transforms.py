@@ -1,4 +1,4 @@
-"""Autograd beyond the first derivative, and torch.func: against autograd of the same formula written in plain torch."""
+"""Higher derivatives and torch.func match autograd of the same formula in plain torch."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def eps_of(shape):
 
 
 def truth(mu, x):
-    """CASES["both"] in three lines of plain torch."""
+    """Compute CASES["both"] in plain torch."""
     z = mu + torch.exp(x / 2) * eps_of(mu.shape).to(mu.dtype)
     return z.square().sum(-1) + (mu**2 + torch.expm1(x) - x).sum(-1) / 2
 
