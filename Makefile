@@ -1,4 +1,4 @@
-# Everything a user or a contributor runs. `make demo` and `make test` need only Python 3.10+, a C++ compiler and make.
+# The commands of users and contributors. `make demo` and `make test` need only Python 3.10+, a C++ compiler and make.
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
@@ -30,24 +30,24 @@ test-slow: $(VENV)/.ready
 test-arm: $(VENV)/.ready
 	$(RUN) -m pytest -m arm
 
-# Beside the packages that the adapters are for, in an environment of its own; their warnings are theirs.
+# The adapters beside the packages that they adapt, in a separate environment, in which warnings are not errors.
 test-integrations: $(VENV)-integrations/.ready
 	$(VENV)-integrations/bin/python -m pytest -m integrations -o filterwarnings=default tests/integrations
 
 test-gpu-code: $(VENV)/.ready
 	$(RUN) -m pytest tests/test_gpu_code.py -m 'gpu_code or not gpu_code'
 
-# Minutes; a short form: make quality QUALITY_ARGS='--bits 24 --samples 1'. Debian: apt install dieharder
+# Takes minutes. A shorter run: make quality QUALITY_ARGS='--bits 24 --samples 1'. Debian: apt install dieharder
 quality: $(VENV)/.ready
 	$(RUN) -m tests.quality $(or $(QUALITY_ARGS),--out tests/reports/quality.md)
 
-# A third of an hour. Debian: apt install valgrind clang; what is not installed is left out, and the report says so.
+# 20 minutes. Debian: apt install valgrind clang; the report names the tools that are not installed.
 sanitize: $(VENV)/.ready
 	$(RUN) -m tests.sanitize
 	$(RUN) -m pytest -m 'slow or not slow' tests/test_hostile.py \
 		--report=tests/reports/hostile.md --report-title='Hostile calls'
 
-# 50,000 examples of the CPU kernels, 7,500 of Triton's in the interpreter, 12,500 of the noise: most of an hour.
+# 50,000 examples of the CPU kernels, 7,500 of Triton's in the interpreter, 12,500 of the noise. Takes most of an hour.
 FUZZ_SEED ?= 2026
 fuzz: $(VENV)/.ready
 	FUZZ_DEPTH=125 $(RUN) -m pytest tests/test_properties.py --hypothesis-seed=$(FUZZ_SEED) \
@@ -66,11 +66,11 @@ faults: $(VENV)/.ready
 	$(RUN) -m pytest -m 'not arm' tests/test_faults.py tests/test_forks.py tests/test_installs.py tests/test_endurance.py \
 		--report=tests/reports/faults.md --report-title='Faults'
 
-# Up to 18 GB of memory; a test that finds less free is skipped.
+# Takes up to 18 GB of memory; a test that finds less is skipped.
 scale: $(VENV)/.ready
 	$(RUN) -m pytest -m slow tests/test_scale.py --report=tests/reports/scale.md --report-title='Scale'
 
-# The wheel and the sdist, built and listed; the pins; what may not run code.
+# Checks the wheel and the sdist, the pins, and the files that must not run code.
 supply: $(VENV)/.ready
 	$(RUN) -m pytest -m 'slow or not slow' tests/test_supply.py --report=tests/reports/supply.md --report-title='Supply'
 
@@ -83,8 +83,8 @@ lint: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(RUN) -m bench $(BENCH_ARGS)
 
-# The newest versions, for every Python and platform. Torch is left out, since its CUDA build names gigabytes;
-# what all of its builds need stands here instead.
+# Pins the newest versions for every Python and platform. Torch is excluded, since its CUDA build requires gigabytes;
+# TORCH_NEEDS lists what all of its builds require.
 TORCH_NEEDS = filelock fsspec jinja2 networkx sympy typing-extensions
 pins:
 	$(PYTHON) -m venv out/pins
@@ -97,7 +97,7 @@ pins:
 clean:
 	rm -rf build dist out $(VENV) $(VENV)-integrations *.egg-info reparam_kernels/_C*.so
 
-# All by hash but torch: which build of it, the index says. A CUDA build then replaces triton by its own.
+# All are pinned by hash except torch, whose build depends on the index. A CUDA build replaces triton with its own.
 $(VENV)/.ready: pyproject.toml setup.py requirements.txt $(wildcard csrc/*.cpp csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install $(PIP_ARGS) --require-hashes -r requirements.txt

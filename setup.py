@@ -1,4 +1,4 @@
-"""Builds reparam_kernels._C: each file of csrc/ops once for each instruction set, the rest once, no torch headers."""
+"""Builds reparam_kernels._C: each file of csrc/ops once per instruction set, the rest once, without torch headers."""
 
 import platform
 import tempfile
@@ -17,7 +17,7 @@ KERNEL_FLAGS = [
     "-fno-trapping-math",
     "-fno-thread-jumps",  # else GCC vectorises both sides of a choice, with all polynomials
     "-fvisibility=hidden",
-    "-Wno-psabi",  # vectors are passed inside one file only
+    "-Wno-psabi",  # vectors are passed only within a file
 ]
 if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS = {
@@ -57,7 +57,7 @@ class BuildPerInstructionSet(build_ext):
             try:
                 objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=["-fopenmp"])
                 self.compiler.link_executable(objects, str(Path(folder) / "probe"), extra_postargs=["-fopenmp"])
-            except Exception:  # whatever the compiler says, the answer is no
+            except Exception:  # any failure means that there is no OpenMP
                 return False
         return True
 

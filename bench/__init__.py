@@ -1,1 +1,1 @@
-"""The benchmark: ours against what a user would write otherwise, interleaved in one process, losses shown like wins."""
+"""The benchmark: ours and the alternatives, interleaved in one process; cases in which ours is slower are shown too."""

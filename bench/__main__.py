@@ -1,4 +1,4 @@
-"""python -m bench: measures, prints a table, writes a CSV and charts."""
+"""`python -m bench` measures, prints a table, and writes a CSV and charts."""
 
 import argparse
 import csv
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory profiler's own lines
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # hides messages of the memory profiler
 
 import torch
 from tqdm import tqdm
@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
 
 
 def commit() -> str:
-    """The commit that is measured; "unknown" without git, or outside of a repository."""
+    """Return the measured commit, or "unknown" without git or outside of a repository."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -65,7 +65,7 @@ def make_current(device: torch.device) -> None:
 
 
 def conditions(args: argparse.Namespace) -> Row:
-    """What a number depends on, in every row."""
+    """Return the conditions of a measurement, which stand in every row."""
     machine, isa = processor(), "triton"
     if args.device == "cpu" and backends.backend_name("cpu") == "cpu":
         from reparam_kernels import _C
@@ -84,14 +84,14 @@ def conditions(args: argparse.Namespace) -> Row:
 
 
 def timed(calls: dict[str, Callable[[], Any]], what: Row, args: argparse.Namespace) -> list[Row]:
-    """One row a provider, with its ratio to ours."""
+    """Measure and return one row per provider, with its ratio to ours."""
     label = " ".join(str(v) for v in what.values())
     progress = tqdm(measure.interleave(calls, args.rounds, args.device), desc=label, total=args.rounds, leave=False)
-    *_, found = progress
+    *_, timings = progress
     clock = "wall" if args.threads > 1 else "cpu"
-    ours = getattr(found["ours"], clock).q50
+    ours = getattr(timings["ours"], clock).q50
     rows = []
-    for name, timing in found.items():
+    for name, timing in timings.items():
         shown = getattr(timing, clock)
         rows.append(
             {
@@ -112,20 +112,20 @@ def bench_op(name: str, size: str, dtype: str, bandwidth: float, args: argparse.
     op, shape = providers.OPS[name], tuple(int(n) for n in size.split("x"))
     leaves = op.inputs(shape, DTYPES[dtype], args.device)
     n = math.prod(shape)
-    torch.compiler.reset()  # a limit on recompilations must not turn a compiled peer into an eager one
+    torch.compiler.reset()  # the recompilation limit would turn a compiled peer into an eager one
     functions = providers.providers(op, args.providers)
     for provider, f in functions.items():
         measure.check(provider, f, leaves, op.truth)
     made = {provider: measure.passes(f, leaves) for provider, f in functions.items()}
     rows = []
     for passes, which in enumerate(("forward", "forward+backward"), 1):
-        calls = {provider: of[which] for provider, of in made.items()}
+        calls = {provider: by_pass[which] for provider, by_pass in made.items()}
         if op.samples:
             calls["noise alone"] = lambda: rk.randn(shape, dtype=DTYPES[dtype], device=args.device)
-        found = timed(calls, {"op": name, "pass": which, "size": size, "dtype": dtype}, args)
-        noise = [passes * row["us_q50"] for row in found if row["provider"] == "noise alone"]
+        timed_rows = timed(calls, {"op": name, "pass": which, "size": size, "dtype": dtype}, args)
+        noise = [passes * row["us_q50"] for row in timed_rows if row["provider"] == "noise alone"]
         least = sum(op.words[:passes]) * n * leaves[0].element_size() / bandwidth * 1e6
-        for row in found:
+        for row in timed_rows:
             row["elements"] = n
             if row["provider"] == "noise alone":
                 continue
@@ -133,7 +133,7 @@ def bench_op(name: str, size: str, dtype: str, bandwidth: float, args: argparse.
             row["of_noise"] = noise[0] / row["us_q50"] if noise else None
             row["saved_bytes"] = measure.saved_bytes(functions[row["provider"]], leaves)
             row["peak_bytes"] = measure.peak_bytes(calls[row["provider"]], args.device)
-        rows += found
+        rows += timed_rows
     return rows
 
 
@@ -155,7 +155,7 @@ def bench_step(name: str, args: argparse.Namespace) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """One line a case: our time, and how many times as long each peer takes."""
+    """Format one line per case: our time, and each peer's as a multiple of it."""
     peers = list(dict.fromkeys(r["provider"] for r in rows if r["provider"] not in charts.OURS))
     lines = [
         f"{'op':8} {'pass':17} {'size':20} {'dtype':9} {'ours, us':>10} {'again':>7} {'of copy':>8} {'of noise':>8} "

@@ -1,4 +1,4 @@
-"""The charts: throughput against size with the bandwidth's bound, ratio to each peer, memory saved for backward."""
+"""Charts of throughput against size with the bandwidth bound, ratio to each peer, and memory saved for backward."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def save(figure: plt.Figure, path: Path) -> Path:
 
 
 def legend(figure: plt.Figure) -> None:
-    """One for all panels, below them."""
+    """Draw one legend for all panels, below them."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncol=4, fontsize=8, frameon=False)
 
@@ -104,7 +104,7 @@ def ratios(rows: list[Row], known: Row, path: Path) -> Path:
 
 
 def memory(rows: list[Row], path: Path) -> Path:
-    """Of the largest case of each op: what each provider keeps for backward, and its peak, in words an element."""
+    """Draw each provider's saved and peak memory in words per element, for the largest case of each op."""
     op = rows[0]["op"]
     largest = max(r["elements"] for r in rows if r["op"] == op and r.get("saved_bytes") is not None)
     own = [r for r in rows if r["op"] == op and r.get("elements") == largest and r["provider"] not in OURS[1:]]

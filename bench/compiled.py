@@ -1,9 +1,8 @@
-"""The kernels compiled for a GPU that is not there, as a launch would compile them, and what the machine code holds.
+"""Compiles the kernels as a launch would, for a GPU that need not exist, and counts their machine code.
 
-A stub driver stands in for the GPU: the launcher runs on CPU tensors, Triton specialises on the very arguments,
-compiles for the target, and launches nothing. Counted is what one thread issues, an element: every instruction of the
-kernel from entry to exit, address arithmetic and row sums included, but neither padding nor the blocks that only the
-slow path of a division or a square root enters.
+A stub driver replaces that of the GPU: the launcher runs on CPU tensors, and Triton specialises on the arguments and
+compiles for the target, but launches nothing. The count is that of one thread's instructions per element, from entry to
+exit, with address arithmetic and row sums, without padding and the slow paths of divisions and square roots.
 """
 
 import re
@@ -45,7 +44,7 @@ class Launch(NamedTuple):
 
 
 class Stub:
-    """A driver of no device: enough for Triton to specialise and compile."""
+    """A driver without a device, which is enough for Triton to specialise and compile."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -62,7 +61,7 @@ class Stub:
 
 @contextmanager
 def compiling(target: str) -> Iterator[list[Launch]]:
-    """Inside, the package's ops run on CPU tensors, and each launch is compiled for the target and recorded."""
+    """Run the package's ops on CPU tensors; compile each launch for the target and record it."""
     assert not triton.knobs.runtime.interpret, "TRITON_INTERPRET is set: the interpreter does not compile"
     launches: list[Launch] = []
     run = JITFunction.run
@@ -90,24 +89,24 @@ def compiling(target: str) -> Iterator[list[Launch]]:
 
 
 class Census(NamedTuple):
-    """What a thread of the kernel issues, and the resources it takes."""
+    """The instructions that a thread of the kernel issues, and its resources."""
 
     kernel: str
     target: str
-    elements: float  # a thread
-    instructions: float  # an element
+    elements: float  # per thread
+    instructions: float  # per element
     registers: int
     spills: int  # bytes of stack and local memory, or spilled registers
-    shared: int  # bytes a block
-    threads: int  # a block
-    classes: dict[str, float]  # instructions an element, by class
-    loads: Counter[int]  # bits a lane: how many
+    shared: int  # bytes per block
+    threads: int  # per block
+    classes: dict[str, float]  # instructions per element, by class
+    loads: Counter[int]  # their number, by bits per thread
     stores: Counter[int]
     forbidden: list[str]  # contracted, approximate or flushing arithmetic, float atomics
 
 
 def census(launch: Launch, elements: int) -> Census:
-    """elements: of all that the launch computes."""
+    """Count a launch that computes this many elements in all."""
     read = sass if TARGETS[launch.target].backend == "cuda" else amdgcn
     return read(launch, elements)
 
@@ -121,9 +120,9 @@ def tool(name: str, *args: str) -> str:
 
 
 def hot_path(lines: list[tuple[int, str]], guarded_loops: bool = False) -> list[str]:
-    """The kernel's instructions without padding, subroutines, and the blocks that call them.
+    """Return the kernel's instructions without padding, subroutines, and the blocks that call them.
 
-    guarded_loops: and without loops behind a branch, which is where sin and cos reduce arguments beyond 100000.
+    guarded_loops: also leave out loops behind a branch, in which sin and cos reduce arguments beyond 100000.
     """
     aim = {a: int(m[1], 16) for a, t in lines if (m := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", t))}
     for a, to in list(aim.items()) if guarded_loops else []:
@@ -135,7 +134,7 @@ def hot_path(lines: list[tuple[int, str]], guarded_loops: bool = False) -> list[
     lines = lines[:end]
     starts = set(aim.values())
     blocks: list[list[str]] = [[]]
-    joined = [True]  # whether a block is entered otherwise than from the one before
+    joined = [True]  # whether a block is entered from elsewhere than the previous one
     for a, t in lines:
         if blocks[-1] and (a in starts or re.search(r"\b(BRA|CALL|EXIT)\b", blocks[-1][-1])):
             blocks.append([])
@@ -145,7 +144,7 @@ def hot_path(lines: list[tuple[int, str]], guarded_loops: bool = False) -> list[
     cold = False
     for block, join in zip(blocks, joined, strict=True):
         calls = any("CALL" in t for t in block)
-        cold = calls or (cold and not join)  # what follows a call until others join
+        cold = calls or (cold and not join)  # the blocks after a call, until others join
         if not cold:
             kept += block
     return [t for t in kept if not t.startswith("NOP")]
@@ -168,7 +167,7 @@ def kind(op: str) -> str:
 
 
 def disassembled(launch: Launch) -> tuple[list[tuple[int, str]], str]:
-    """Addresses and instructions, and what the kernel uses of the machine."""
+    """Return addresses and instructions, and the resource usage."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(launch.code.asm["cubin"])
@@ -178,7 +177,7 @@ def disassembled(launch: Launch) -> tuple[list[tuple[int, str]], str]:
 
 def sass(launch: Launch, elements: int) -> Census:
     lines, usage = disassembled(launch)
-    hot = hot_path(lines, guarded_loops=not launch.args)  # our kernels have no such loops, and loops over samples
+    hot = hot_path(lines, guarded_loops=not launch.args)  # our kernels have no such loops, but loops over samples
     ops = [re.sub(r"^@!?U?P\w+\s+", "", t).split()[0] for t in hot]
     threads = launch.constants["num_warps"] * 32
     share = elements / (threads * programs(launch))
@@ -201,22 +200,22 @@ def sass(launch: Launch, elements: int) -> Census:
 
 
 def width(op: str) -> int:
-    found = re.search(r"\.(U8|S8|U16|S16|64|128)", op)
-    return {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}[found[1]] if found else 32
+    match = re.search(r"\.(U8|S8|U16|S16|64|128)", op)
+    return {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}[match[1]] if match else 32
 
 
-# The one approximation: in sqrt_rn of gpu/philox.py, where two corrections then round as sqrt.rn does.
+# The only approximation is in sqrt_rn of gpu/philox.py, whose two corrections then round as sqrt.rn does.
 ROOT = r"rsqrt\.approx\.ftz\.f32"
 
 
 def impure(ptx: str) -> list[str]:
-    found = re.findall(r"\b(?:add|sub|mul|fma|div|sqrt|rsqrt|rcp|ex2|lg2|sin|cos|mad|cvt)\.[\w.]*", ptx)
-    found += re.findall(r"\b(?:atom|red)\.[\w.:]*f(?:16|32|64)\b", ptx)
-    return sorted({op for op in found if not re.fullmatch(ROOT, op) and not exact(op)})
+    ops = re.findall(r"\b(?:add|sub|mul|fma|div|sqrt|rsqrt|rcp|ex2|lg2|sin|cos|mad|cvt)\.[\w.]*", ptx)
+    ops += re.findall(r"\b(?:atom|red)\.[\w.:]*f(?:16|32|64)\b", ptx)
+    return sorted({op for op in ops if not re.fullmatch(ROOT, op) and not exact(op)})
 
 
 def exact(op: str) -> bool:
-    """An integer operation, or one that rounds correctly."""
+    """Return True for an integer operation, or one that rounds correctly."""
     if re.match(r"atom|red", op) or re.search(r"\.(approx|ftz|full)\b", op):
         return False
     if not re.search(r"\.b?f(16|32|64)", op):
@@ -268,5 +267,5 @@ def amd_kind(op: str) -> str:
 
 
 def amd_width(op: str) -> int:
-    found = re.search(r"dwordx(\d)", op)
-    return 32 * int(found[1]) if found else 16 if "short" in op else 8 if "byte" in op else 32
+    match = re.search(r"dwordx(\d)", op)
+    return 32 * int(match[1]) if match else 16 if "short" in op else 8 if "byte" in op else 32

@@ -1,8 +1,8 @@
-"""What torch.compile's backend, Inductor, generates for CUDA, on a machine without a GPU.
+"""Compiles what torch.compile's backend, Inductor, generates for CUDA, on a machine without a GPU.
 
-Fake tensors on a CUDA device that is described, not there, go through Inductor's own lowering, fusion and code
-generation; its Triton kernels are then compiled with its own launch configurations. Not part of it: the autotuning
-among those configurations, which takes a GPU; the one with the fewest instructions is counted.
+Fake tensors on a described CUDA device go through Inductor's lowering, fusion and code generation. Its Triton kernels
+are then compiled with its launch configurations. Autotuning among these would take a GPU, so the configuration with the
+fewest instructions is counted.
 """
 
 import re
@@ -40,21 +40,21 @@ def formula(mu: Tensor, logvar: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward(mu: Tensor, logvar: Tensor) -> tuple[Tensor, ...]:
-    """eps is an output: torch.compile does not draw again in backward, so it stores what it drew."""
+    """Compute z, kl and eps. eps is an output, since torch.compile stores its draw for backward."""
     seed = torch.ops.prims.inductor_seed(mu.device)
     eps = torch.ops.prims.inductor_random(list(mu.shape), seed, "randn").to(mu.dtype)
     return *formula(mu, logvar, eps), eps
 
 
 def backward(mu: Tensor, logvar: Tensor, eps: Tensor, dz: Tensor, dkl: Tensor) -> tuple[Tensor, ...]:
-    """The derivatives of formula as autograd chains them."""
+    """Compute the derivatives of formula as autograd does."""
     half = 0.5 * dkl.unsqueeze(-1)
     dlogvar = 0.5 * (dz * eps * torch.exp(0.5 * logvar)) + (half * torch.exp(logvar) - half)
     return dz + half * (2 * mu), dlogvar
 
 
 def described(target: str) -> list[Any]:
-    """torch, made to believe in the device."""
+    """Make the patches of torch that describe the device."""
     arch = TARGETS[target].arch
     assert isinstance(arch, int)
     seen = SimpleNamespace(
@@ -97,7 +97,7 @@ def described(target: str) -> list[Any]:
 
 
 def source(function: Callable[..., Any], inputs: list[tuple[tuple[int, ...], torch.dtype]]) -> str:
-    """Inductor's code for a function of fake CUDA tensors."""
+    """Generate Inductor's code for a function of fake CUDA tensors."""
     mode = FakeTensorMode()
     with mode:
         tensors = [torch.empty(shape, dtype=dtype, device="cuda") for shape, dtype in inputs]
@@ -116,17 +116,17 @@ def source(function: Callable[..., Any], inputs: list[tuple[tuple[int, ...], tor
 def kernels(
     function: Callable[..., Any], inputs: list[tuple[tuple[int, ...], torch.dtype]], target: str
 ) -> list[list[Launch]]:
-    """Each of the generated kernels, compiled in each of its launch configurations."""
+    """Compile each generated kernel in each of its launch configurations."""
     driver.set_active(Stub(target))
     patches = described(target)
     for patch in patches:
         patch.start()
     try:
-        found = []
+        compiled = []
         code = source(function, inputs)
         for name, text in re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", code, re.S):
-            found.append(configurations(name, text, target))
-        return found
+            compiled.append(configurations(name, text, target))
+        return compiled
     finally:
         for patch in patches:
             patch.stop()

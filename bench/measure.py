@@ -1,7 +1,7 @@
-"""Time and memory: every provider once a round, each round in another order; quantiles over the rounds.
+"""Measures time and memory. Each round runs every provider once in another order; quantiles are over the rounds.
 
-A turn begins with one call that is not timed: what the last provider left in the caches and in the allocator is not
-charged to the next.
+A turn begins with one call that is not timed, so the state of caches and allocator that the last provider left does not
+count for the next.
 """
 
 import random
@@ -20,7 +20,7 @@ class Quantiles(NamedTuple):
 
 
 class Timing(NamedTuple):
-    cpu: Quantiles  # seconds of this thread's CPU time a call; on a GPU, of the device's
+    cpu: Quantiles  # seconds of CPU time of this thread per call; on a GPU, of device time
     wall: Quantiles
 
 
@@ -30,7 +30,7 @@ def quantiles(samples: list[float]) -> Quantiles:
 
 
 def once(call: Callable[[], Any], repeats: int, device: str) -> tuple[float, float]:
-    """(CPU or device seconds, wall seconds) of one call, the mean of `repeats` in a row after one that is not timed."""
+    """Time one call in (CPU or device, wall) seconds: the mean of `repeats` after one that is not timed."""
     call()
     if device != "cpu":
         torch.cuda.synchronize()
@@ -49,7 +49,7 @@ def once(call: Callable[[], Any], repeats: int, device: str) -> tuple[float, flo
 
 
 def interleave(calls: dict[str, Callable[[], Any]], rounds: int, device: str) -> Iterator[dict[str, Timing]]:
-    """Yields once a round, for a progress bar, what is known so far."""
+    """Yield the results so far after each round, for a progress bar."""
     repeats = {}
     for name, call in calls.items():  # warm-up, outside of the measurement
         for _ in range(3):
@@ -58,7 +58,7 @@ def interleave(calls: dict[str, Callable[[], Any]], rounds: int, device: str) ->
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     shuffle = random.Random(0)
     for i in range(rounds):
-        for name in shuffle.sample(list(calls), len(calls)):  # nobody always follows the same neighbour
+        for name in shuffle.sample(list(calls), len(calls)):  # so that nobody always follows the same provider
             samples[name].append(once(calls[name], repeats[name], device))
         if i == rounds - 1:
             yield {n: Timing(*(quantiles(list(column)) for column in zip(*s, strict=True))) for n, s in samples.items()}
@@ -67,7 +67,7 @@ def interleave(calls: dict[str, Callable[[], Any]], rounds: int, device: str) ->
 
 
 def passes(f: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor]) -> dict[str, Callable[[], Any]]:
-    """The op forward without gradients, and forward with backward to every leaf."""
+    """Return calls of the op: forward without gradients, and forward with backward to every leaf."""
     with torch.no_grad():
         grads = [torch.full_like(y, 0.5) for y in f(*leaves)]
 
@@ -82,7 +82,7 @@ def passes(f: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor]) -> dict[s
 
 
 def saved_bytes(f: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor]) -> int:
-    """What autograd keeps for backward beyond the inputs, each storage once."""
+    """Count the bytes that autograd keeps for backward beyond the inputs, each storage once."""
     own = {t.untyped_storage().data_ptr() for t in leaves}
     kept: dict[int, int] = {}
 
@@ -94,13 +94,13 @@ def saved_bytes(f: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor]) -> i
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = f(*leaves)
-    for y in out:  # the outputs are the caller's, saved or not
+    for y in out:  # the caller holds the outputs, saved or not
         kept.pop(y.untyped_storage().data_ptr(), None)
     return sum(kept.values())
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> int:
-    """The most that one call holds at a time, beyond what lived before."""
+    """Measure the peak memory of one call, beyond what was allocated before."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -117,13 +117,13 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
 
 
 def copy_bandwidth(device: str, size: int = 1 << 24) -> float:
-    """Bytes a second of a plain copy of 64 MiB, read and written, by one thread; the best of several."""
+    """Measure the bytes per second, read and written, of a copy of 64 MiB by one thread; the best of several."""
     a, b = torch.ones(size, device=device), torch.empty(size, device=device)
     return 8 * size / min(once(lambda: b.copy_(a), 1, device)[1] for _ in range(10))
 
 
 def check(name: str, f: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor], truth: Any) -> None:
-    """A provider that is wrong gets no number: z has the mean and variance that it should, kl its value."""
+    """Raise if a provider is wrong: z must have its mean and variance, and kl its value."""
     mean, sigma, kl = truth(*leaves)
     with torch.no_grad():
         out = f(*leaves)

@@ -1,4 +1,4 @@
-"""python -m bench.pages: writes the tables of README.md and docs/ from the committed results; --check only compares."""
+"""`python -m bench.pages` writes the tables of README.md and docs/ from the committed results; --check compares."""
 
 import csv
 import re
@@ -26,7 +26,7 @@ def read(folder: str) -> list[Row]:
 
 
 def ratios(rows: list[Row], *names: str, limits: dict[str, str] = LIMITS) -> str:
-    """A line a case: our time, how many times as long each peer takes, and how much of the limits we reach."""
+    """Format one line per case: our time, each peer's as a multiple of it, and our share of the limits."""
     cases: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if row["op"] not in ("noise", "step"):
@@ -63,7 +63,7 @@ def conditions(rows: list[Row]) -> str:
 
 
 def short() -> str:
-    """For the first page: three sizes, the noise, whole training steps."""
+    """Make the table of README: three sizes, the noise, whole training steps."""
     rows = read("")
     noise = [row for row in rows if row["op"] == "noise" and row["provider"] == "torch.randn"]
     steps = [row for row in rows if row["op"] == "step" and row["provider"] == "eager"]
@@ -104,7 +104,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def written(text: str) -> str:
-    """The page with each table made anew between its marks."""
+    """Return the page with each table replaced between its marks."""
     mark = re.compile(r"<!-- bench (\w+) -->\n.*?<!-- end -->\n", flags=re.S)
     return mark.sub(lambda m: f"<!-- bench {m[1]} -->\n{TABLES[m[1]]()}<!-- end -->\n", text)
 

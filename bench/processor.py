@@ -1,11 +1,11 @@
-"""Which processor a figure is from."""
+"""The processor of a measurement."""
 
 import platform
 from pathlib import Path
 
 
 def processor() -> str:
-    """Its name; where Linux tells them, family and model too: some names stand for several designs."""
+    """Return its name and, on Linux, its family and model, since some names stand for several designs."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
         told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}

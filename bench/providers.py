@@ -18,7 +18,7 @@ class Op(NamedTuple):
     ours: Callable[..., Outputs]
     eager: Callable[..., Outputs]
     distributions: Callable[..., Outputs] | None
-    words: tuple[int, int]  # read or written an element at least: forward, backward
+    words: tuple[int, int]  # the fewest words read or written per element: forward, backward
     truth: Callable[..., tuple[Tensor, Tensor, Tensor | None]]  # float64: mean of z, sigma of z, kl
     samples: bool = True
 
@@ -116,14 +116,14 @@ def distributions_latent_kl(mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def compiled(f: Callable[..., Outputs], fallback_random: bool) -> Callable[..., Outputs]:
-    """torch.compile with its own noise, or with aten's randn, which it then stores for backward."""
+    """Compile f with Inductor's noise, or with aten's randn, which is then stored for backward."""
     return torch.compile(f, fullgraph=True, options={"fallback_random": fallback_random}, dynamic=False)
 
 
 def providers(op: Op, names: list[str]) -> dict[str, Callable[..., Outputs]]:
     made: dict[str, Any] = {
         "ours": lambda: op.ours,
-        "ours again": lambda: op.ours,  # its distance from "ours" is the noise of the measurement
+        "ours again": lambda: op.ours,  # its distance from "ours" shows the noise of the measurement
         "eager": lambda: op.eager,
         "distributions": lambda: op.distributions,
         "compile": lambda: compiled(op.eager, False),
@@ -133,8 +133,8 @@ def providers(op: Op, names: list[str]) -> dict[str, Callable[..., Outputs]]:
 
 
 def noise_providers(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Callable[[], Outputs]]:
-    """The noise alone. torch.func._random is stateless too; only some releases of torch have it on the CPU."""
-    found: dict[str, Callable[[], Outputs]] = {
+    """Return calls that draw noise. torch.func._random is stateless too; only some releases have it on the CPU."""
+    calls: dict[str, Callable[[], Outputs]] = {
         "ours": lambda: (rk.randn(shape, dtype=dtype, device=device),),
         "ours again": lambda: (rk.randn(shape, dtype=dtype, device=device),),
         "torch.randn": lambda: (torch.randn(shape, dtype=dtype, device=device),),
@@ -147,7 +147,7 @@ def noise_providers(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> 
 
         try:
             keyed()
-            found["torch.func._random"] = keyed
+            calls["torch.func._random"] = keyed
         except (NotImplementedError, RuntimeError, TypeError):
             pass
-    return found
+    return calls

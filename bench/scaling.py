@@ -1,4 +1,4 @@
-"""python -m bench.scaling: cost per element against size, row length, threads and allocator."""
+"""`python -m bench.scaling` measures cost per element against size, row length, threads and allocator."""
 
 import argparse
 import csv
@@ -23,7 +23,7 @@ COLUMNS = [1, 3, 20, 1000, 10**7]
 
 
 def cases(rows: int, cols: int) -> dict[str, Callable[[], Any]]:
-    """The public op, and its kernel alone writing to memory that is already there."""
+    """Return calls of the public op, and of its kernel alone on allocated outputs."""
     mu = torch.randn(rows, cols)
     x = torch.randn(rows, cols)
     call = make_arguments("bench", mu, x, z=True, kl=True, seed=7)
@@ -38,9 +38,9 @@ def cases(rows: int, cols: int) -> dict[str, Callable[[], Any]]:
 
 def row(what: str, rows: int, cols: int, threads: int, rounds: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
-    *_, found = measure.interleave(cases(rows, cols), rounds, "cpu")
+    *_, timings = measure.interleave(cases(rows, cols), rounds, "cpu")
     n = rows * cols
-    values = {f"{name}_ns": timing.wall.q50 * 1e9 / n for name, timing in found.items()}
+    values = {f"{name}_ns": timing.wall.q50 * 1e9 / n for name, timing in timings.items()}
     return {"what": what, "rows": rows, "cols": cols, "threads": threads, **values}
 
 
@@ -55,24 +55,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
-    parser.add_argument("--huge-pages", action="store_true", help=argparse.SUPPRESS)  # the run that main() starts
+    parser.add_argument("--huge-pages", action="store_true", help=argparse.SUPPRESS)  # for the child process
     args = parser.parse_args()
     if args.huge_pages:
-        found = [row("huge pages", n // 1000, 1000, 1, args.rounds) for n in SIZES[1:3]]
-        csv.DictWriter(sys.stdout, found[0]).writerows(found)
+        rows = [row("huge pages", n // 1000, 1000, 1, args.rounds) for n in SIZES[1:3]]
+        csv.DictWriter(sys.stdout, rows[0]).writerows(rows)
         return
-    found = measured(args.rounds)
+    rows = measured(args.rounds)
     again = [sys.executable, "-m", "bench.scaling", "--huge-pages", f"--rounds={args.rounds}"]
     env = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}
     text = subprocess.run(again, env=env, capture_output=True, text=True, check=True).stdout
-    found += list(csv.DictReader(text.splitlines(), list(found[0])))
+    rows += list(csv.DictReader(text.splitlines(), list(rows[0])))
     args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / "scaling.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, found[0])
+        writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
-        writer.writerows(found)
+        writer.writerows(rows)
     print(f"{'':12} {'rows':>9} {'cols':>9} {'threads':>7} {'op, ns/element':>15} {'kernel alone':>13}")
-    for r in found:
+    for r in rows:
         op, kernel = float(r["op_ns"]), float(r["kernel_ns"])
         print(f"{r['what']:12} {r['rows']:>9} {r['cols']:>9} {r['threads']:>7} {op:15.2f} {kernel:13.2f}")
     print(args.out / "scaling.csv")

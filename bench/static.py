@@ -1,10 +1,9 @@
-"""python -m bench.static: what the compiled code lets a GPU reach. A prediction, never a timing; needs no GPU.
+"""`python -m bench.static` predicts the speed of compiled code on GPUs. It times nothing and needs no GPU.
 
-Our kernels and those that torch.compile's Inductor generates for the same function are compiled for each target and
-counted (bench/compiled.py says what). The bound of a pass on a device is the longest of: its bytes through the memory,
-its instructions through the schedulers (128 lanes a clock and SM), and its instructions of each kind through their
-units. Caches, latency, dependencies, launches and the clock's ups and downs are left out, so both sides run slower than
-this says.
+bench/compiled.py compiles and counts our kernels and those that Inductor generates for the same function. The time of a
+pass is at least the longest of: its bytes through the memory, its instructions through the schedulers (128 lanes per
+clock and SM), and its instructions of each kind through their units. Caches, latency, dependencies, launches and clock
+changes are left out, so both sides run slower than this.
 """
 
 import argparse
@@ -26,7 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Device(NamedTuple):
-    """From the makers' data sheets; lanes a clock and SM as in the CUDA programming guide's table of throughputs."""
+    """Figures of the data sheets, and lanes per clock and SM of the CUDA programming guide's throughput table."""
 
     target: str
     sms: int
@@ -45,8 +44,8 @@ DEVICES = {
     "B200": Device("sm_100", 148, 1.85, 8.0, 128),
 }
 
-# Words an element: ours reads mu, logvar and writes z, then reads mu, logvar, dz and writes dmu, dlogvar. torch.compile
-# stores eps besides and reads it again. One word a row (kl, dkl) is left out.
+# Words per element. Ours reads mu, logvar and writes z, then reads mu, logvar, dz and writes dmu, dlogvar. Inductor's
+# code also stores eps and reads it again. One word per row (kl, dkl) is left out.
 WORDS = {("ours", "forward"): 3, ("ours", "backward"): 5}
 WORDS |= {("torch.compile", "forward"): 4, ("torch.compile", "backward"): 6}
 
@@ -65,19 +64,19 @@ def theirs(target: str, dtype: str) -> Iterator[tuple[str, list[list[Census]]]]:
 
     whole, sums = ((ROWS, COLS), DTYPES[dtype]), ((ROWS,), DTYPES[dtype])
     for function, inputs in ((inductor.forward, [whole] * 2), (inductor.backward, [whole] * 4 + [sums])):
-        found = inductor.kernels(function, inputs, target)
-        yield function.__name__, [[compiled.census(launch, ROWS * COLS) for launch in each] for each in found]
+        kernels = inductor.kernels(function, inputs, target)
+        yield function.__name__, [[compiled.census(launch, ROWS * COLS) for launch in each] for each in kernels]
 
 
 def occupancy(c: Census) -> float:
-    """Resident threads of the 2048 that an SM holds; registers come by eights a thread, blocks are 32 at most."""
+    """Return the resident share of an SM's 2048 threads. A thread gets registers by eights; an SM holds 32 blocks."""
     blocks = min(65536 // (-(-c.registers // 8) * 8 * c.threads), 2048 // c.threads, 32)
     return blocks * c.threads / 2048
 
 
 def times(d: Device, census: list[Census], size: int, words: int) -> dict[str, float]:
-    """Picoseconds an element in each resource."""
-    clocks = d.sms * d.ghz * 1e9 / 1e12  # a picosecond, in all SMs
+    """Return the picoseconds per element in each resource."""
+    clocks = d.sms * d.ghz * 1e9 / 1e12  # per picosecond, in all SMs
     total = {kind: sum(c.classes.get(kind, 0) for c in census) for kind in compiled.KINDS | {"integer": ""}}
     return {
         "memory": words * size / d.tb_s,
@@ -94,7 +93,7 @@ def rows() -> Iterator[dict[str, Any]]:
             for provider, counted in (("ours", ours), ("torch.compile", theirs)):
                 for which, kernels in counted(d.target, dtype):
                     words = WORDS[provider, which]
-                    # of a kernel's configurations, the one with the fewest instructions among those that do not spill
+                    # the configuration with the fewest instructions among those that do not spill
                     best = [min(each, key=lambda c: (c.spills > 0, c.instructions)) for each in kernels]
                     ps = times(d, best, torch_dtype.itemsize, words)
                     bound = max(ps, key=lambda kind: ps[kind])
@@ -126,20 +125,20 @@ SHOWN |= {"integer": 8, "multiply": 9, "memory": 7, "registers": 10, "occupancy"
 SHOWN |= {"of_bandwidth": 13}
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(predictions: list[dict[str, Any]]) -> str:
     lines = [" ".join(f"{name:>{width}}" for name, width in SHOWN.items())]
-    lines += [" ".join(f"{row[name]!s:>{width}}" for name, width in SHOWN.items()) for row in found]
+    lines += [" ".join(f"{row[name]!s:>{width}}" for name, width in SHOWN.items()) for row in predictions]
     return "\n".join(lines)
 
 
-def roofline(found: list[dict[str, Any]], path: Path) -> None:
-    """Each device's roof: bandwidth, and the rate of issue; each pass where its instructions and units let it stand."""
+def roofline(predictions: list[dict[str, Any]], path: Path) -> None:
+    """Draw each device's roofline of bandwidth and issue rate, with each pass at its predicted place."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 7.6), sharex=True)
     for (name, d), ax in zip(DEVICES.items(), axes.flat, strict=True):
         x = [0.8 * 1.1**i for i in range(40)]
-        peak = d.sms * d.ghz * d.issue / 1e3  # instructions a second and lane, in 1e12
+        peak = d.sms * d.ghz * d.issue / 1e3  # instructions per second and lane, in 1e12
         ax.plot(x, [min(d.tb_s, peak / i) for i in x], color="0.4", lw=1.5)
-        for row in (r for r in found if r["device"] == name):
+        for row in (r for r in predictions if r["device"] == name):
             color = "tab:blue" if row["provider"] == "ours" else "tab:orange"
             marker = "o" if row["pass"] == "forward" else "s"
             face = color if row["dtype"] == "float32" else "none"
@@ -174,14 +173,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    found = list(rows())
+    predictions = list(rows())
     print("PREDICTIONS from compiled code, an element: instructions, picoseconds. Nothing here was timed.\n")
-    print(table(found))
+    print(table(predictions))
     with open(out / "gpu_static.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, list(predictions[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(found)
-    roofline(found, out / "gpu_static.png")
+        writer.writerows(predictions)
+    roofline(predictions, out / "gpu_static.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whole training steps, so that a user sees what the op is worth inside a model, and where it is worth nothing."""
+"""Whole training steps, which show how much the op changes inside a model."""
 
 import itertools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Step = Callable[[], Any]
 
 
 def vae(impl: str, device: str) -> Step:
-    """The reference VAE on a batch of 64 digits, Adam."""
+    """Make a step of the reference VAE on a batch of 64 digits, with Adam."""
     images = load()
     model, optimizer = start(images, Options(impl={"ours": "kernels", "eager": "plain"}[impl], latent=20))
     model.to(device)
@@ -34,7 +34,7 @@ def vae(impl: str, device: str) -> Step:
 
 
 def hierarchical(impl: str, device: str) -> Step:
-    """A stochastic layer of a hierarchical VAE: [16, 16, 32, 32], posterior and learned prior by 1 x 1 convolutions."""
+    """Make a step of a layer of a hierarchical VAE, [16, 16, 32, 32], with a learned prior, by 1 x 1 convolutions."""
     torch.manual_seed(0)
     h = torch.randn(16, 32, 32, 32, device=device)
     q, p = (nn.Conv2d(32, 32, 1).to(device) for _ in range(2))
@@ -50,7 +50,7 @@ def hierarchical(impl: str, device: str) -> Step:
 
 
 def recurrent(impl: str, device: str) -> Step:
-    """Fifty steps of a recurrent state-space model, [50, 30] each, posterior against prior at each step."""
+    """Make a step of a recurrent state-space model of fifty steps, each with a posterior and a prior, [50, 30]."""
     torch.manual_seed(0)
     cell = nn.Linear(30, 120).to(device)
     first = torch.zeros(50, 30, device=device)
@@ -68,7 +68,7 @@ def recurrent(impl: str, device: str) -> Step:
 
 
 def packed(impl: str, device: str) -> Step:
-    """A packed latent of an image autoencoder, [16, 8, 64, 64] to [16, 4, 64, 64], between two convolutions."""
+    """Make a step of an image autoencoder's packed latent, [16, 8, 64, 64] to [16, 4, 64, 64], between convolutions."""
     torch.manual_seed(0)
     h = torch.randn(16, 16, 64, 64, device=device)
     encode, decode = nn.Conv2d(16, 8, 3, padding=1).to(device), nn.Conv2d(4, 16, 3, padding=1).to(device)

@@ -74,7 +74,7 @@ std::array<uint32_t, 4> test_philox(std::array<uint32_t, 4> counter, std::array<
   return words;
 }
 
-// Pairs of 32-bit words to pairs of float32 normals, all as bytes.
+// Turns pairs of 32-bit words into pairs of float32 normals, all as bytes.
 py::bytes test_box_muller(const std::string& radius, const std::string& angle) {
   if (radius.size() % 4 != 0) throw_invalid("radius");
   if (angle.size() != radius.size()) throw_invalid("angle");
@@ -84,7 +84,7 @@ py::bytes test_box_muller(const std::string& radius, const std::string& angle) {
   return eps;
 }
 
-// eps[first, first + n) of a seed as bytes, without what comes before it.
+// Returns eps[first, first + n) of a seed as bytes, without making what comes before.
 py::bytes test_eps(int64_t seed, int64_t first, int n) {
   if (first < 0) throw_invalid("first");
   if (n < 1 || n > kChunk) throw_invalid("n");
@@ -100,7 +100,7 @@ Options make_options(Param param, double min_std, bool clamped, double low, doub
   return {param, min_std, clamped, low, high};
 }
 
-// What forward and backward share. `z` is z or dz, and `kl` is kl or dkl.
+// Makes the arguments that forward and backward share. `z` is z or dz, and `kl` is kl or dkl.
 LatentArguments latent_arguments(const Options& options, const BorrowedTensor& mu, const BorrowedTensor& x,
                                  const BorrowedTensor& mu_p, const BorrowedTensor& x_p, const BorrowedTensor& seed,
                                  const BorrowedTensor& eps, const BorrowedTensor& z, const BorrowedTensor& kl) {
@@ -126,7 +126,7 @@ LatentArguments latent_arguments(const Options& options, const BorrowedTensor& m
     if (!seed == !eps) throw_invalid("seed");
     if (seed) set_seed(a.eps, seed, mu);
     eps.check_dtype(dtype);
-    if (eps) {  // of as many samples, in whatever shape
+    if (eps) {  // with as many samples, in any sample shape
       const int dims = eps.t.ndim - mu.t.ndim;
       if (dims < 0 || !eps.same_sizes(dims, mu, 0, mu.t.ndim) || eps.product(0, dims) != a.samples)
         throw_invalid("eps");

@@ -1,4 +1,4 @@
-"""python -m examples.why_reparameterize: why z is mu + sigma * eps, by experiment; docs/why.md tells the story."""
+"""`python -m examples.why_reparameterize` shows by experiment why z is mu + sigma * eps. docs/why.md explains it."""
 
 import argparse
 from pathlib import Path
@@ -57,8 +57,8 @@ def on_digits(rows: list[digits.Row]) -> None:
         print(f"{name:25} {ends[name][:, -1].mean():13.2f} {variances[name][:, -1].log().mean().exp():18.1f}")
 
 
-def a_named_eps() -> None:
-    print("\n4. eps named by a seed: z is a function, and gradcheck checks it as it stands.\n")
+def a_reproducible_eps() -> None:
+    print("\n4. A seed determines eps: z is then a function, and gradcheck applies to it.\n")
     mu, sigma = (torch.tensor([v], dtype=torch.float64, requires_grad=True) for v in (MU, SIGMA))
     print("seed=7:", gradcheck(lambda m, s: rk.reparameterize(m, s, param="std", seed=7), (mu, sigma)))
     try:
@@ -67,10 +67,10 @@ def a_named_eps() -> None:
         print(f"torch.randn_like: {str(error).splitlines()[0]}")
 
 
-def what_is_held(found: dict[str, memory.Counted], missing: str | None) -> None:
+def what_is_held(counted: dict[str, memory.Counted], missing: str | None) -> None:
     print(f"\n5. Words for each element, z and KL of {memory.SHAPE[0]} x {memory.SHAPE[1]}:\n")
     print(f"{'':15} {'forward moves':>14} {'kept':>6} {'backward moves':>15} {'peak':>6}")
-    for name, c in found.items():
+    for name, c in counted.items():
         print(f"{name:15} {c.forward:14.1f} {sum(c.kept.values()):6.1f} {c.backward:15.1f} {c.peak:6.1f}")
     if missing:
         print(missing)
@@ -78,14 +78,14 @@ def what_is_held(found: dict[str, memory.Counted], missing: str | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.why_reparameterize", description=__doc__)
-    parser.add_argument("--short", action="store_true", help="seconds: few samples, two epochs, no compiler")
+    parser.add_argument("--short", action="store_true", help="run for seconds: few samples, two epochs, no compiler")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("out/why"), help="folder for the pictures")
     args = parser.parse_args()
     if args.short:
         args.epochs, args.seeds = 2, 2
-    torch.set_num_threads(1)  # so small a model gains little by more
+    torch.set_num_threads(1)  # such a small model gains little from more
     args.out.mkdir(parents=True, exist_ok=True)
     estimates, sizes = (500, [1, 4, 16]) if args.short else (20_000, [1, 3, 10, 30, 100, 300])
 
@@ -93,16 +93,16 @@ def main() -> None:
     two_estimators(estimates * sizes[-1])
     rows = digits.compare(load(), args.epochs, args.seeds, hidden=16 if args.short else 256)
     on_digits(rows)
-    a_named_eps()
-    found, missing = memory.compare(compiler=not args.short)
-    what_is_held(found, missing)
+    a_reproducible_eps()
+    counted, missing = memory.compare(compiler=not args.short)
+    what_is_held(counted, missing)
     drawn = [
         pictures.paths(args.out / "paths.png"),
         pictures.spread(MU, SIGMA, sizes, estimates, args.out / "spread.png"),
         pictures.descent((MU, SIGMA), (0.01, 0.005), 50 if args.short else 500, 500, args.out / "descent.png"),
         pictures.elbo(rows, args.out / "elbo.png"),
         pictures.variance(rows, args.out / "gradient_variance.png"),
-        pictures.memory(found, args.out / "memory.png"),
+        pictures.memory(counted, args.out / "memory.png"),
         pictures.kl_error(args.out / "kl_error.png"),
     ]
     print("\npictures:\n" + "\n".join(f"  {path}" for path in drawn))

@@ -1,4 +1,4 @@
-"""python -m reparam_kernels: what this installation runs, and why something is missing. selftest: whether it works."""
+"""`python -m reparam_kernels` reports what this installation runs; `selftest` checks that its kernels work."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""A posterior as an object, over the same ops; packed encoder outputs are read, and given their gradient, in place."""
+"""A Gaussian posterior as an object. Packed encoder outputs are read in place and get their gradient in one tensor."""
 
 import math
 from typing import Any
@@ -62,7 +62,7 @@ class DiagonalGaussian:
         min_std: float = 0.0,
         clamp: tuple[float, float] | None = None,
     ) -> "DiagonalGaussian":
-        """The posterior of a packed encoder output: mu is the first half of `dim`, logvar the second."""
+        """Make the posterior of a packed encoder output: mu is the first half of `dim`, logvar the second."""
         where = "DiagonalGaussian.from_moments"
         checks.floating(where, "moments", moments)
         if not -moments.dim() <= dim < moments.dim() or moments.shape[dim] % 2:
@@ -110,7 +110,7 @@ class DiagonalGaussian:
         generator: torch.Generator | None = None,
         eps: Tensor | None = None,
     ) -> Tensor:
-        """z of shape sample_shape + mu.shape, with gradients; keywords as for reparameterize."""
+        """Draw z of shape sample_shape + mu.shape, with gradients. The keywords are those of reparameterize."""
         noise = {"seed": seed, "generator": generator, "eps": eps}
         z, _ = execute(LATENT, self._arguments(z=True, sample_shape=sample_shape, **noise))
         return z  # type: ignore[return-value]
@@ -123,12 +123,12 @@ class DiagonalGaussian:
         generator: torch.Generator | None = None,
         eps: Tensor | None = None,
     ) -> Tensor:
-        """As rsample, without gradients."""
+        """Draw z as rsample does, without gradients."""
         with torch.no_grad():
             return self.rsample(sample_shape, seed=seed, generator=generator, eps=eps)
 
     def kl(self, other: "DiagonalGaussian | None" = None) -> Tensor:
-        """KL(self || other), other being N(0, I) by default; gradients to both."""
+        """Compute KL(self || other), with gradients to both; other is N(0, I) by default."""
         _, kl = execute(LATENT, self._arguments(kl=True, prior=self._prior(other)))
         return kl  # type: ignore[return-value]
 
@@ -141,25 +141,25 @@ class DiagonalGaussian:
         generator: torch.Generator | None = None,
         eps: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(rsample(sample_shape), kl(other)) in one pass."""
+        """Compute (rsample(sample_shape), kl(other)) in one pass."""
         noise = {"seed": seed, "generator": generator, "eps": eps}
         prior = self._prior(other)
         arguments = self._arguments(z=True, kl=True, prior=prior, sample_shape=sample_shape, **noise)
         return execute(LATENT, arguments)  # type: ignore[return-value]
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log N(z; mu, sigma^2) in nats, summed over the event dims; plain torch, in float32 (float64 for float64)."""
+        """Compute log N(z; mu, sigma^2) in nats, summed over the event dims, in float32 (float64 for float64)."""
         checks.floating("DiagonalGaussian.log_prob", "z", z)
-        wide = compute_dtype(self.mean.dtype)
-        mu, x = self.mean.to(wide), self._x().to(wide)
+        dtype = compute_dtype(self.mean.dtype)
+        mu, x = self.mean.to(dtype), self._x().to(dtype)
         l = log_sigma(x, self._options["param"], self._options["min_std"])  # noqa: E741
         sigma = sigma_of(x, self._options["param"], self._options["min_std"])
-        out = -(((z.to(wide) - mu) / sigma) ** 2) / 2 - l - math.log(2 * math.pi) / 2
+        out = -(((z.to(dtype) - mu) / sigma) ** 2) / 2 - l - math.log(2 * math.pi) / 2
         dims = self._view.config.event_ndim
         return out.sum(dim=tuple(range(-dims, 0))) if dims else out
 
     def mode(self) -> Tensor:
-        """mu, as a tensor of its own: it may be changed in place, as a sample may."""
+        """Return a copy of mu, which may be changed in place, as a sample may."""
         return self.mean.clone(memory_format=torch.contiguous_format)
 
     def _x(self) -> Tensor:
@@ -169,21 +169,21 @@ class DiagonalGaussian:
 
     @property
     def mean(self) -> Tensor:
-        """mu; a view of the moments where they come packed."""
+        """mu; a view of the moments if they are packed."""
         return unpacked(self._view)[0]
 
     @property
     def std(self) -> Tensor:
-        """sigma, in mu's dtype, as a tensor of its own."""
+        """sigma in mu's dtype, as a new tensor."""
         x = self._x()
         if self._options["param"] == "std":
             return x.clone(memory_format=torch.contiguous_format)
-        wide = x.to(compute_dtype(x.dtype))
-        return sigma_of(wide, self._options["param"], self._options["min_std"]).to(x.dtype)
+        sigma = sigma_of(x.to(compute_dtype(x.dtype)), self._options["param"], self._options["min_std"])
+        return sigma.to(x.dtype)
 
     @property
     def logvar(self) -> Tensor:
-        """2 log sigma, in mu's dtype, clamped as asked."""
+        """2 log sigma in mu's dtype, clamped if asked."""
         x = self._x()
-        wide = x.to(compute_dtype(x.dtype))
-        return (2 * log_sigma(wide, self._options["param"], self._options["min_std"])).to(x.dtype)
+        log_std = log_sigma(x.to(compute_dtype(x.dtype)), self._options["param"], self._options["min_std"])
+        return (2 * log_std).to(x.dtype)

@@ -1,4 +1,4 @@
-"""torch.distributions.Normal over the fused ops: a swap of one import."""
+"""A drop-in torch.distributions.Normal that draws samples and computes its KL by the fused ops."""
 
 from functools import reduce
 from typing import Any
@@ -14,23 +14,23 @@ __all__ = ["Normal"]
 
 
 class Normal(distributions.Normal):
-    """torch.distributions.Normal whose samples and KL are the fused ops'.
+    """torch.distributions.Normal with samples and KL from the fused ops.
 
         z = loc + scale * eps,  kl_divergence(p, q) = KL(N(loc, scale^2) || N(q.loc, q.scale^2)), elementwise
 
-    A subclass: batch shapes, broadcasting, expand, Independent, log_prob, entropy, cdf and icdf are torch's own, and so
-    are the dtype and the device of every result, except that the KL of half dtypes is float32. A draw takes one seed
-    from torch's generator and stores no noise. The KL with torch's Normal on either side is ours too.
+    It is a subclass. Batch shapes, broadcasting, expand, Independent, log_prob, entropy, cdf and icdf come from torch,
+    and so do the dtype and the device of every result, except that the KL of half dtypes is float32. A draw takes one
+    seed from torch's generator and stores no noise. The KL with torch's Normal on either side is fused too.
 
     Args:
         loc: mean; a number or a tensor of float16, bfloat16, float32 or float64.
         scale: standard deviation; broadcasts with loc.
-        validate_args: as in torch; a NaN or a scale that is not positive is looked for by two reductions and one read,
-            not at all when it is off. What is validated is what is kept: a number in the tensors' dtype.
+        validate_args: as in torch. The search for a NaN or a scale that is not positive takes two reductions and one
+            read; it does not run if validation is off. A number is checked in the dtype in which it is stored.
 
     Raises:
-        ValueError: torch's own, where validation finds a bad value.
-        TypeError: at the first draw, if loc is not of one of the four dtypes.
+        ValueError: the error of torch, if validation finds a bad value.
+        TypeError: at the first draw, if loc does not have one of the four dtypes.
         ValueError: at the first draw or KL, if a tensor with dims is on another device.
 
     Source:
@@ -51,19 +51,19 @@ class Normal(distributions.Normal):
     def __init__(self, loc: Tensor | float, scale: Tensor | float, validate_args: bool | None = None) -> None:
         super().__init__(loc, scale, validate_args=False)
         if validate_args is None:
-            del self._validate_args  # torch's default, as it stands at each use
+            del self._validate_args  # follow torch's default at each use
         else:
             self._validate_args = validate_args
         usual = self.arg_constraints is distributions.Normal.arg_constraints
         if self._validate_args and not (usual and self._looks_valid(loc, scale)):
-            super().__init__(loc, scale, validate_args)  # says what is wrong
+            super().__init__(loc, scale, validate_args)  # raises torch's error
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
         return super().expand(batch_shape, self._get_checked_instance(Normal, _instance))  # type: ignore[no-untyped-call]
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         z = self._draw(sample_shape)
-        # torch's noise has the dtype of loc, and with sample dims it decides over parameters without dims
+        # torch draws in the dtype of loc, which decides if only the draw has dims
         return z.to(self.loc.dtype) if self.loc.dim() == 0 and z.dim() > 0 else z
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
@@ -74,40 +74,40 @@ class Normal(distributions.Normal):
         loc, scale = self.loc, self.scale
         if loc.dtype != scale.dtype or loc.device != scale.device:
             checks.floating("Normal.rsample", "loc", loc)
-            loc, scale = brought_together(arithmetic_dtype(loc, scale), loc, scale)
+            loc, scale = to_common(arithmetic_dtype(loc, scale), loc, scale)
         return reparameterize(loc, scale, sample_shape=torch.Size(sample_shape), param="std")
 
     def _looks_valid(self, loc: Tensor | float, scale: Tensor | float) -> bool:
-        """True if neither has a NaN and every scale is positive; False also if that cannot be told here.
+        """Return True if neither has a NaN and every scale is positive; False also if no value can be read here.
 
-        The least element tells, since a NaN is the least of all.
+        The minimum is enough, since amin returns a NaN if there is one.
         """
         if torch_modes.in_transform() or self.loc.is_meta or self.loc.device != self.scale.device:
             return False
         if self.loc.dtype not in FLOATS or self.scale.dtype not in FLOATS:
             return False
 
-        def least(given: Tensor | float, kept: Tensor) -> Tensor | float:
+        def minimum(given: Tensor | float, kept: Tensor) -> Tensor | float:
             if not isinstance(given, Tensor):
                 return torch.tensor(given, dtype=kept.dtype, device="cpu").item()
             given = given.detach()
             return given.amin() if given.numel() else 1.0
 
-        low, narrow = least(loc, self.loc), least(scale, self.scale)
-        if isinstance(low, Tensor) and isinstance(narrow, Tensor):
-            low, narrow = torch.stack((low, narrow)).tolist()  # one read for both
-        return bool(low == low and narrow > 0)
+        min_loc, min_scale = minimum(loc, self.loc), minimum(scale, self.scale)
+        if isinstance(min_loc, Tensor) and isinstance(min_scale, Tensor):
+            min_loc, min_scale = torch.stack((min_loc, min_scale)).tolist()  # one read for both
+        return bool(min_loc == min_loc and min_scale > 0)
 
 
 def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype that torch's arithmetic gives: floats decide before integers, tensors with dims before 0-dim ones."""
+    """Return the dtype that torch promotes to: floats come before integers, tensors with dims before 0-dim ones."""
     floats = [t for t in tensors if t.is_floating_point()] or tensors
     deciding = [t for t in floats if t.dim() > 0] or floats
     return reduce(torch.promote_types, (t.dtype for t in deciding))
 
 
-def brought_together(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
-    """The tensors in one dtype; a 0-dim tensor on the CPU goes to the device of the others, as in arithmetic."""
+def to_common(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """Convert tensors to one dtype; a 0-dim tensor on the CPU moves to the device of the others, as in arithmetic."""
     fixed = [t.device for t in tensors if t.dim() > 0 or t.device.type != "cpu"]
     device = fixed[0] if fixed else tensors[0].device
     return [(t.to(device) if t.dim() == 0 and t.device.type == "cpu" else t).to(dtype) for t in tensors]
@@ -117,13 +117,13 @@ def brought_together(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
 @distributions.register_kl(Normal, distributions.Normal)  # type: ignore[no-untyped-call, untyped-decorator]
 @distributions.register_kl(distributions.Normal, Normal)  # type: ignore[no-untyped-call, untyped-decorator]
 def _kl(p: distributions.Normal, q: distributions.Normal) -> Tensor:
-    """float32 for the half dtypes, whose own range a KL leaves."""
+    """Compute the KL, in float32 for the half dtypes, since it may exceed their range."""
     four = (p.loc, p.scale, q.loc, q.scale)
     dtype = arithmetic_dtype(*four)
     if not dtype.is_floating_point:
-        dtype = torch.get_default_dtype()  # in which torch divides integers
+        dtype = torch.get_default_dtype()  # torch divides integers in it
     elif any(t.dtype != dtype for t in four):
         dtype = torch.promote_types(dtype, torch.float32)  # so that no parameter loses digits to a half dtype
-    loc, scale, loc_q, scale_q = brought_together(dtype, *four)
+    loc, scale, loc_q, scale_q = to_common(dtype, *four)
     shape = torch.broadcast_shapes(loc.shape, loc_q.shape)  # type: ignore[no-untyped-call]
     return kl_divergence(loc.expand(shape), scale.expand(shape), prior=(loc_q, scale_q), param="std", event_ndim=0)

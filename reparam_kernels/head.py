@@ -19,8 +19,9 @@ class GaussianHead(nn.Module):
     Args:
         in_features: size of the last dim of h.
         latent_features: size of the last dim of z.
-        mean_in_eval: in eval mode give z = mu instead of a sample; kl stays.
-        event_ndim, param, min_std, clamp: as for reparameterize_kl; the layer `logvar` gives what `param` says.
+        mean_in_eval: in eval mode, return z = mu instead of a sample, with the same kl.
+        event_ndim, param, min_std, clamp: as for reparameterize_kl; `param` says how to read the output of the
+            layer `logvar`.
         device, dtype: of the parameters.
 
     Raises:
@@ -65,7 +66,7 @@ class GaussianHead(nn.Module):
         sample_shape: tuple[int, ...] = (),
         prior: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        """h (..., in_features) to z (..., latent_features) and kl; the keywords are those of reparameterize_kl."""
+        """Map h (..., in_features) to z (..., latent_features) and kl; the keywords are those of reparameterize_kl."""
         mu, x = self.mu(h), self.logvar(h)
         options = {name: getattr(self, name) for name in OPTIONS}
         if self.mean_in_eval and not self.training:

@@ -1,7 +1,7 @@
-"""What training loops write by hand around the KL, and get wrong: plain torch over the fused ops.
+"""KL terms that training loops often get wrong, in plain torch over the fused ops.
 
-kl is what rk.kl_divergence gives, or the second of what rk.reparameterize_kl gives: event_ndim=0 leaves it elementwise,
-the default sums it over all but the first dim.
+kl is the output of rk.kl_divergence or the second output of rk.reparameterize_kl. It is elementwise with event_ndim=0
+and summed over all dims but the first by default.
 """
 
 import math
@@ -26,19 +26,19 @@ __all__ = [
 
 
 def free_bits_per_dimension(kl: Tensor, floor: float) -> Tensor:
-    """Each dimension's KL counts no less than `floor` nats, after the mean over the batch.
+    """Clamp each dimension's KL to at least `floor` nats after the mean over the batch, then sum.
 
         loss = sum_j max(floor, mean_b kl[b, j])
 
     Args:
-        kl: (B, ...), elementwise, or summed over what makes one group (the pixels of a channel, say).
+        kl: (B, ...), elementwise, or summed over each group, for example the pixels of a channel.
         floor: nats for each dimension or group.
 
     Returns:
         A scalar. A dimension below the floor gets no gradient.
 
     Raises:
-        ValueError: kl has no dim beside the batch's.
+        ValueError: if kl has no dim besides the batch's.
 
     Source:
         Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling, "Improved Variational Inference with Inverse
@@ -58,7 +58,7 @@ def free_bits_per_dimension(kl: Tensor, floor: float) -> Tensor:
 
 
 def free_bits_per_sample(kl: Tensor, floor: float) -> Tensor:
-    """Each sample's KL counts no less than `floor` nats, before the mean over the batch.
+    """Clamp each sample's KL to at least `floor` nats before the mean over the batch.
 
         loss = mean_b max(floor, kl[b])
 
@@ -84,12 +84,12 @@ def free_bits_per_sample(kl: Tensor, floor: float) -> Tensor:
 
 
 def free_bits_after_mean(kl: Tensor, floor: float) -> Tensor:
-    """The batch's mean KL counts no less than `floor` nats: all samples get a gradient, or none.
+    """Clamp the batch's mean KL to at least `floor` nats, so that all samples get a gradient, or none.
 
         loss = max(floor, mean_b kl[b])
 
     Args:
-        kl: one value for each sample, of any shape; of one layer, where there are several.
+        kl: one value for each sample, of any shape; of one layer, if there are several.
         floor: nats for the mean.
 
     Returns:
@@ -119,15 +119,14 @@ def balanced_kl(
     floor: float = 0.0,
     **options: Any,
 ) -> Tensor:
-    """KL(q || p) that moves the learned prior and the posterior at different rates, either side detached in turn.
+    """Compute KL(q || p) with one weight for the gradient to the prior and another for that to the posterior.
 
         kl = to_prior max(floor, KL(sg(q) || p)) + to_posterior max(floor, KL(q || sg(p)))
 
     Args:
         mu, logvar, prior: as for rk.kl_divergence.
-        to_prior, to_posterior: the weights; DreamerV2 has 0.8 and 0.2; DreamerV3 has weights of its own and
-            floor=1.
-        floor: free nats for each of the values, before any mean.
+        to_prior, to_posterior: the weights, 0.8 and 0.2 in DreamerV2. DreamerV3 uses other weights and floor=1.
+        floor: free nats for each value, before any mean.
         options: event_ndim, param, min_std, clamp, as for rk.kl_divergence.
 
     Returns:
@@ -153,14 +152,14 @@ def balanced_kl(
 
 
 def linear_beta(step: int, steps: int, beta: float = 1.0) -> float:
-    """The KL's weight, from 0 at step 0 to `beta` at `steps` and after.
+    """Return the KL's weight, which rises from 0 at step 0 to `beta` at `steps` and stays there.
 
         weight = beta min(1, step / steps)
 
     Args:
         step: steps done.
         steps: length of the warm-up, positive.
-        beta: the last weight.
+        beta: the final weight.
 
     Returns:
         The weight, a float.
@@ -182,22 +181,22 @@ def linear_beta(step: int, steps: int, beta: float = 1.0) -> float:
 
 
 def cyclical_beta(step: int, steps: int, cycles: int = 4, ratio: float = 0.5, beta: float = 1.0) -> float:
-    """The KL's weight in `cycles` equal cycles: from 0 up to `beta` in the first `ratio` of each, then level.
+    """Return the KL's weight, which rises from 0 to `beta` in the first `ratio` of each cycle, then stays level.
 
         weight = beta min(1, tau / ratio),  tau = (step mod (steps / cycles)) / (steps / cycles)
 
     Args:
         step: steps done.
         steps: length of the training, positive; after it the weight is beta.
-        cycles: how many.
-        ratio: part of a cycle that rises, in (0, 1].
+        cycles: the number of equal cycles.
+        ratio: the part of a cycle in which the weight rises, in (0, 1].
         beta: the highest weight.
 
     Returns:
         The weight, a float.
 
     Raises:
-        ValueError: steps, cycles or ratio is not positive.
+        ValueError: if steps, cycles or ratio is not positive.
 
     Source:
         Fu, Li, Liu, Gao, Celikyilmaz, Carin, "Cyclical Annealing Schedule: A Simple Approach to Mitigating KL
@@ -218,14 +217,14 @@ def cyclical_beta(step: int, steps: int, cycles: int = 4, ratio: float = 0.5, be
 
 
 def capacity(step: int, steps: int, final: float) -> float:
-    """The capacity C in nats, from 0 at step 0 to `final` at `steps` and after, for capacity_loss.
+    """Return the capacity C for capacity_loss, which rises from 0 at step 0 to `final` at `steps` and stays there.
 
         C = final min(1, step / steps)
 
     Args:
         step: steps done.
         steps: length of the rise, positive.
-        final: nats at its end.
+        final: the capacity at the end of the rise, in nats.
 
     Returns:
         C, a float.
@@ -246,7 +245,7 @@ def capacity(step: int, steps: int, final: float) -> float:
 
 
 def capacity_loss(kl: Tensor, nats: float, gamma: float) -> Tensor:
-    """The distance of the mean KL from a capacity; the mean comes first.
+    """Penalise the distance of the mean KL from a capacity. The mean is taken first.
 
         loss = gamma |mean_b kl[b] - nats|
 
@@ -273,20 +272,20 @@ def capacity_loss(kl: Tensor, nats: float, gamma: float) -> Tensor:
 
 
 def masked_mean(kl: Tensor, mask: Tensor) -> Tensor:
-    """Sum over the unmasked places, divided by how many they are: the channels that share a mask add up.
+    """Sum over the unmasked positions and divide by their number. Channels that share a mask add up.
 
         loss = sum(kl mask) / sum(mask)
 
     Args:
         kl: elementwise, for example (B, C, T).
-        mask: ones and zeros, or weights, of kl's dims with size 1 where it is shared, for example (B, 1, T). Its own
-            elements are counted, so that every place of (B, T) counts once, whatever C is.
+        mask: ones and zeros, or weights, with the dims of kl and size 1 in those that share it, for example (B, 1, T).
+            The divisor is the sum of the mask itself, so every position of (B, T) counts once, whatever C is.
 
     Returns:
-        A scalar; what is masked out, be it NaN, has no part in it.
+        A scalar. Masked elements do not affect it, even if they are NaN.
 
     Raises:
-        ValueError: the mask does not broadcast to kl.
+        ValueError: if the mask does not broadcast to kl.
 
     Source:
         Kim, Kong, Son, "Conditional Variational Autoencoder with Adversarial Learning for End-to-End Text-to-Speech",

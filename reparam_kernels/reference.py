@@ -1,4 +1,4 @@
-"""The ops in plain torch, with the same signatures: the mathematics to check the kernels by."""
+"""The ops in plain torch, with the same signatures, to check the kernels against."""
 
 import inspect
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def randn(
     dtype: torch.dtype | None = None,
     device: Any = None,
 ) -> Tensor:
-    """As reparam_kernels.randn, to the accuracy of the noise."""
+    """Draw the noise of reparam_kernels.randn, equal within its accuracy but not bit for bit."""
     shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
     where = torch.device(device) if device is not None else torch.get_default_device()
     seed = make_seed("reference.randn", seed, generator, where, shape[0] if shape else None)
@@ -32,7 +32,7 @@ def randn(
 
 
 def _in_plain_torch(function: Callable[..., Any], *, z: bool = False, kl: bool = False) -> Callable[..., Any]:
-    """The public function with the formula in place of the kernels."""
+    """Make a public function that runs the formula in place of the kernels."""
     where = f"reference.{function.__name__}"
     keywords = inspect.signature(function).parameters.keys()
 

@@ -1,7 +1,7 @@
-"""python -m reparam_kernels selftest: does this machine's backend keep docs/contract.md? Under a minute on a GPU.
+"""`python -m reparam_kernels selftest` checks the kernels of a device, in less than a minute on a GPU.
 
-Each check yields what it found wrong, in words; a check that cannot run here says why. The truth is the C++ kernels for
-bits (another compiler, another instruction set), plain torch in float64 for the rest.
+Each check yields its failures as text, or raises Skip if it cannot run here. Bits are compared with those of the C++
+kernels, which another compiler made for another instruction set; everything else with plain torch in float64.
 """
 
 import time
@@ -23,7 +23,7 @@ KNOWN = [((0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8))]
 
 
 class Skip(Exception):
-    """Why a check cannot run here."""
+    """Raised with the reason if a check cannot run here."""
 
 
 class Result(NamedTuple):
@@ -34,12 +34,12 @@ class Result(NamedTuple):
 
 
 def quick(device: torch.device) -> bool:
-    """Whether a million elements take no time: not in Triton's interpreter."""
+    """Return True if a million elements are fast, which they are not in Triton's interpreter."""
     return not (backends.interpreting() and rk.backend_for(torch.empty(0, device=device)) == "triton")
 
 
 def on_cpu(*args: object, **options: object) -> Tensor:
-    """rk.randn by the C++ kernels, whatever backend is forced."""
+    """Draw rk.randn by the C++ kernels, whatever backend is forced."""
     try:
         from .ops.noise.cpu import fill_eps
     except ImportError as error:
@@ -52,7 +52,7 @@ def on_cpu(*args: object, **options: object) -> Tensor:
 
 
 def latent_on_cpu(mu: Tensor, x: Tensor, **options: object) -> tuple[Tensor, Tensor]:
-    """z and kl by the C++ kernels."""
+    """Compute z and kl by the C++ kernels."""
     on_cpu(1, seed=0)
     from .ops.latent import cpu
 
@@ -73,7 +73,7 @@ def near(name: str, got: Tensor, want: Tensor, tolerance: float) -> Iterator[str
 
 
 def inputs(shape: tuple[int, ...], param: str = "logvar", seed: int = 0) -> list[Tensor]:
-    """mu and a second argument that makes sense for param, on the CPU."""
+    """Return mu and a second argument that is valid for param, on the CPU."""
     g = torch.Generator().manual_seed(seed)
     mu, x = (torch.randn(shape, generator=g, device="cpu") for _ in range(2))
     return [mu, (0.3 * x).exp() if param == "std" else x]
@@ -115,7 +115,7 @@ def words(device: torch.device) -> Iterator[str]:
 
 
 def sqrt_of(x: Tensor) -> Tensor:
-    """The square roots that the Triton kernels take."""
+    """Compute square roots as the Triton kernels do."""
     from .gpu.launch import compiler, launch
     from .ops.noise import triton_kernels as kernels
 
@@ -129,7 +129,7 @@ def roots(device: torch.device) -> Iterator[str]:
     """The square roots of the noise are rounded correctly, those of the two hardest numbers of each exponent too."""
     if rk.backend_for(torch.empty(0, device=device)) != "triton":
         raise Skip("the C++ kernels take the processor's own square root")
-    # Of all floats in [1, 4), these two alone round wrongly if the device's rsqrt errs by one ulp more than it states.
+    # Of all floats in [1, 4), only these two round wrongly if the device's rsqrt errs by one ulp more than it states.
     hardest = torch.tensor([0x3FFC114A, 0x406E9372], dtype=torch.int32, device="cpu").view(torch.float32)
     scaled = torch.cat([hardest * 4.0**k for k in range(-16, 3)])
     g = torch.Generator().manual_seed(0)
@@ -166,24 +166,24 @@ def z(device: torch.device) -> Iterator[str]:
 
 
 def gradients(device: torch.device) -> Iterator[str]:
-    """Gradients of z and kl, the prior's too, against plain torch in float64."""
+    """Gradients of z and kl, also to the prior, agree with plain torch in float64."""
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)):
         for param in PARAMS:
             leaves = [
                 t.to(device, dtype).requires_grad_() for t in (*inputs((16, 20), param), *inputs((20,), param, 1))
             ]
-            wide = [t.detach().cpu().double().requires_grad_() for t in leaves]
+            exact = [t.detach().cpu().double().requires_grad_() for t in leaves]
             noise = rk.randn(16, 20, seed=5, device=device, dtype=torch.float32).cpu().double()
             out = rk.reparameterize_kl(*leaves[:2], prior=(leaves[2], leaves[3]), seed=5, param=param)
-            true = rk.reference.reparameterize_kl(*wide[:2], prior=(wide[2], wide[3]), eps=noise, param=param)
+            true = rk.reference.reparameterize_kl(*exact[:2], prior=(exact[2], exact[3]), eps=noise, param=param)
             got = torch.autograd.grad([t.sum() for t in out], leaves)
-            want = torch.autograd.grad([t.sum() for t in true], wide)
+            want = torch.autograd.grad([t.sum() for t in true], exact)
             for name, g, w in zip(("dmu", "dx", "dmu_p", "dx_p"), got, want, strict=True):
                 yield from near(f"{name}, {param}, {dtype}", g, w, tolerance * max(1.0, w.abs().max().item()))
 
 
 def repeats(device: torch.device) -> Iterator[str]:
-    """The same bits on every run, gradients and sums included."""
+    """Every run gives the same bits, gradients and sums included."""
     mu, x = (t.to(device).requires_grad_() for t in inputs((64, 5000) if quick(device) else (8, 2100)))
 
     def run() -> list[Tensor]:
@@ -202,7 +202,7 @@ def needs_cuda(device: torch.device) -> None:
 
 
 def large(device: torch.device) -> Iterator[str]:
-    """More than 2^31 elements: 64-bit offsets, at both ends."""
+    """More than 2^31 elements have 64-bit offsets, at both ends."""
     needs_cuda(device)
     free, _ = torch.cuda.mem_get_info(device)
     if free < 12e9:
@@ -258,7 +258,7 @@ def streams(device: torch.device) -> Iterator[str]:
 
 
 def second_device(device: torch.device) -> Iterator[str]:
-    """A tensor on another device than the current one, in that device's own stream."""
+    """A tensor on another device than the current one runs in a stream of that device."""
     needs_cuda(device)
     if torch.cuda.device_count() < 2:
         raise Skip("there is one device")
@@ -321,7 +321,7 @@ def run(device: torch.device) -> list[Result]:
 
 
 def main(device: str) -> int:
-    """Prints a table; 1 where a check failed."""
+    """Print a table and return 1 if a check failed."""
     where = torch.device(device)
     backend = rk.backend_for(torch.empty(0, device=where))
     if backend == "reference":

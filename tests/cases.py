@@ -1,4 +1,4 @@
-"""What the op tests share: inputs for any option, and the truth in float64."""
+"""Shared by the op tests: inputs for any option, and exact results in float64."""
 
 import sys
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class Inputs(NamedTuple):
 
 
 def inputs(shape, dtype=torch.float32, param="logvar", scale=1.0, seed=0, requires_grad=False):
-    """mu and a second argument that makes sense for its param, exact in dtype."""
+    """mu and a second argument that is valid for param, both exact in dtype."""
     g = torch.Generator().manual_seed(seed)
     mu = torch.randn(shape, generator=g, dtype=torch.float64) * scale
     x = torch.randn(shape, generator=g, dtype=torch.float64) * scale
@@ -34,7 +34,7 @@ def inputs(shape, dtype=torch.float32, param="logvar", scale=1.0, seed=0, requir
 
 
 def double(value):
-    """The same numbers in float64, as leaves."""
+    """The same numbers in float64, as autograd leaves."""
     if isinstance(value, (tuple, list)):
         return tuple(double(v) for v in value)
     if isinstance(value, torch.Tensor):
@@ -43,7 +43,7 @@ def double(value):
 
 
 def truth(mu, x, eps, **options):
-    """z and kl by the reference in float64, on the very eps of the call."""
+    """Compute z and kl by the reference in float64, with the same eps as the call."""
     prior = options.pop("prior", None)
     wide = double((mu, x))
     prior = None if prior is None else double(prior)
@@ -51,7 +51,7 @@ def truth(mu, x, eps, **options):
 
 
 def noise(z_shape, seed, samples=()):
-    """The eps of a call, by the public function; per-item seeds put the samples behind the item."""
+    """Draw the eps of a call by the public function, which puts the samples behind the items of per-item seeds."""
     if isinstance(seed, torch.Tensor) and seed.numel() > 1:
         items = len(samples)
         per_item = rk.randn(seed.numel(), *samples, *z_shape[items + 1 :], seed=seed)
@@ -60,7 +60,7 @@ def noise(z_shape, seed, samples=()):
 
 
 def assert_near(got, want, units=4.0, rtol=0.0, atol=0.0):
-    """Within a few rounding units of got's dtype; NaN and inf where the truth has them."""
+    """Check that got is within a few rounding units of its dtype, with NaN and inf only if want has them."""
     torch.testing.assert_close(
         got.double(), want.double(), rtol=max(rtol, units * UNIT[got.dtype]), atol=atol, equal_nan=True
     )

@@ -1,4 +1,4 @@
-"""Every test runs with Triton's interpreter, one torch thread, and outputs that hold NaN until a kernel writes them."""
+"""Runs every test with Triton's interpreter, one torch thread, and outputs that hold NaN until they are written."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ from tests.oracle import fma
 from tests.report import pytest_addoption, pytest_configure, pytest_terminal_summary  # noqa: F401
 
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9):
-    # this interpreter does not fuse tl.fma: give it an exact one
+    # this interpreter does not fuse tl.fma
     from triton.runtime import interpreter
 
     def exact_fma(self, x, y, z):
@@ -30,7 +30,7 @@ if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """More threads are asked for where they are the subject."""
+    """Run on one thread; the tests of threads ask for more."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -39,7 +39,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """What a kernel leaves unwritten is NaN."""
+    """Fill new outputs with NaN, so that an element that a kernel does not write is found."""
 
     def poison(make):
         def made(*args, **kwargs):
@@ -58,7 +58,7 @@ def poisoned(monkeypatch):
 
 @pytest.fixture(params=["cpu", "triton"])
 def backend(request, monkeypatch):
-    """Runs the test on the C++ kernels, then on the Triton kernels in the interpreter."""
+    """Run the test on the C++ kernels, then on the Triton kernels in the interpreter."""
     use_backend(monkeypatch, request.param)
     yield request.param
     forget()
@@ -76,18 +76,18 @@ def forget():
 
 @pytest.fixture(params=_C.available_isas())
 def isa(request):
-    """Runs the test on each instruction set that this CPU has."""
+    """Run the test on each instruction set that this CPU has."""
     before = _C.isa()
     _C.set_isa(request.param)
     yield request.param
     _C.set_isa(before)
 
 
-_device_constructors()  # cached by torch: from before `poisoned` replaces some of them
+_device_constructors()  # torch caches them, before `poisoned` replaces some
 
 
-class SaysWhere(TorchFunctionMode):
-    """Raises if this package makes a tensor without saying on which device: it would follow the default device."""
+class RequiresDevice(TorchFunctionMode):
+    """Raises if the package makes a tensor without a device, since it would be on torch's default device."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -103,6 +103,6 @@ class SaysWhere(TorchFunctionMode):
 
 @pytest.fixture
 def says_where():
-    """For the modules that test the ops: no tensor of the package's own is left to the default device."""
-    with SaysWhere():
+    """Check in the tests of ops that the package names the device of every tensor that it makes."""
+    with RequiresDevice():
         yield

@@ -1,6 +1,6 @@
-"""The launches whose machine code the gates look at. python -m tests.gpu_variants main sm_90: their counts as JSON.
+"""The launches whose machine code is gated. `python -m tests.gpu_variants main sm_90` prints their counts as JSON.
 
-A process of its own, since the interpreter that the other tests run in cannot compile.
+It runs in a separate process, since Triton cannot compile in the interpreter of the other tests.
 """
 
 import json
@@ -28,7 +28,7 @@ class Variant(NamedTuple):
 
 
 def latent(shape, dtype, kl_only=False, packed=False, prior=None, **options):
-    """One op, forward and backward."""
+    """Make a call of one op, forward and backward."""
     leaf = partial(torch.zeros, dtype=DTYPES[dtype], requires_grad=True)
     leaves = [leaf(2 * shape[0], *shape[1:])] if packed == 0 and packed is not False else [leaf(shape), leaf(shape)]
     pair = None
@@ -57,7 +57,7 @@ def variant(name, shape, dtype, **options) -> Variant:
 
 
 def main() -> Iterator[Variant]:
-    """What every change must keep: the default suite compiles these."""
+    """The variants that the default suite compiles."""
     for dtype in ("float32", "bfloat16"):
         yield Variant(f"noise {dtype}", 2**20, partial(rk.randn, 2**20, seed=1, dtype=DTYPES[dtype]))
         yield variant("latent", (4096, 128), dtype)
@@ -92,15 +92,15 @@ def every() -> Iterator[Variant]:
 def counts(variants: Iterator[Variant], target: str) -> list[dict]:
     from bench.compiled import census, compiling
 
-    found = []
+    rows = []
     for v in variants:
         with compiling(target) as launches:
             v.call()
         for launch in launches:
             c = census(launch, v.elements)
             vector = constants_of(launch.constants).get("VEC")
-            found.append({"variant": v.name, "vector": vector, **c._asdict()})
-    return found
+            rows.append({"variant": v.name, "vector": vector, **c._asdict()})
+    return rows
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def root_kernel(x_ptr, y_ptr, INLINE: tl.constexpr):
 
 
 def formula(lines) -> str:
-    """What SASS stores, as an expression of what it loads."""
+    """Write what SASS stores as an expression of what it loads."""
     value, stored = {}, ""
     for line in lines:
         op, *operands = re.sub(r"^@!?U?P\w+\s+", "", line).replace(".reuse", "").replace(",", " ").split()
@@ -134,15 +134,15 @@ def formula(lines) -> str:
 
 
 def roots(target: str) -> list[str]:
-    """The square root as the kernels write it, and as ptxas does."""
+    """The square root of the kernels, and that of ptxas."""
     from bench.compiled import compiling, disassembled, hot_path
 
-    found = []
+    formulas = []
     for inline in (True, False):
         with compiling(target) as launches:
             root_kernel[(1,)](torch.zeros(128), torch.zeros(128), INLINE=inline, num_warps=4, enable_fp_fusion=False)
-        found.append(formula(hot_path(disassembled(launches[0])[0])))
-    return found
+        formulas.append(formula(hot_path(disassembled(launches[0])[0])))
+    return formulas
 
 
 if __name__ == "__main__":

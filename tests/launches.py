@@ -52,7 +52,7 @@ class Launch(NamedTuple):
         return self.kernel.run(*self.arguments.values(), grid=self.grid, warmup=True, **self.compile_time)
 
     def passed(self, compiled: Any) -> list[Any]:
-        """What the compiled kernel takes, in order: tensors and numbers that are not constants."""
+        """Return what the compiled kernel takes, in order: tensors and numbers that are not constants."""
         return kept([compiled.src.signature[name] for name in self.arguments], list(self.arguments.values()))
 
 
@@ -77,7 +77,7 @@ def kept(signature: Any, value: Any) -> list[Any]:
 
 @contextmanager
 def replaced(**names: Any) -> Iterator[None]:
-    """Inside, each name in every op's module of launches is something else."""
+    """Replace each name in every op's launch module."""
     with ExitStack() as stack:
         for module in LAUNCHERS:
             for name, value in names.items():
@@ -87,11 +87,11 @@ def replaced(**names: Any) -> Iterator[None]:
 
 @contextmanager
 def planned(grid_limit: int | None = None, grid_2d_width: int | None = None, **tiling: Any) -> Iterator[None]:
-    """Inside, launches are planned as for tensors that no memory holds. tiling: fields of the plan's Tiling to set."""
+    """Plan launches with other grid limits. tiling: fields of the plan's Tiling to override."""
     before = planner.GRID_LIMIT, planner.GRID_2D_WIDTH
 
     def plan_launch(key: planner.LaunchKey) -> planner.Plan:
-        plan = planner.plan_launch.__wrapped__(key)  # not the kept plan of another limit
+        plan = planner.plan_launch.__wrapped__(key)  # not a plan cached with another limit
         return plan._replace(tiling=plan.tiling._replace(**tiling))
 
     planner.GRID_LIMIT = before[0] if grid_limit is None else grid_limit
@@ -107,9 +107,9 @@ def planned(grid_limit: int | None = None, grid_2d_width: int | None = None, **t
 def recording(
     execute: Callable[[Launch], None] | None = None, compiler: str = "cuda", **plan: Any
 ) -> Iterator[list[Launch]]:
-    """Inside, the ops go to the Triton launcher, and each launch is recorded, and given to `execute` instead of run.
+    """Send the ops to the Triton launcher; record each launch and pass it to `execute` instead of running it.
 
-    compiler: who would compile the kernels. plan: what `planned` takes.
+    compiler: as returned by gpu.launch.compiler. plan: the arguments of `planned`.
     """
     launches: list[Launch] = []
 

@@ -1,4 +1,4 @@
-"""The extension without torch: numpy arrays lent through DLPack, against the formulas in float64.
+"""The extension without torch: numpy arrays passed through DLPack, against the formulas in float64.
 
 `python -m tests.numpy_driver EXTENSION CALLS SEED`, as tests/sanitize.py runs it under the sanitizers.
 """
@@ -27,7 +27,7 @@ class Description(ctypes.Structure):
     ]  # fmt: skip
 
 
-class Lent:
+class NumpyTensor:
     """An array and its description."""
 
     def __init__(self, array, dtype):
@@ -47,8 +47,8 @@ class Lent:
 
 
 @ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(Description))
-def borrow(lent, out):
-    out[0] = lent.description
+def borrow(tensor, out):
+    out[0] = tensor.description
     return 0
 
 
@@ -65,9 +65,9 @@ def load(path):
     table = Exchange((1, 3), (None,) * 4, ctypes.cast(borrow, ctypes.c_void_p), None)
     new = ctypes.pythonapi.PyCapsule_New
     new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-    Lent.__dlpack_c_exchange_api__ = new(ctypes.addressof(table), b"dlpack_exchange_api", None)
-    Lent.table = table
-    module.bind_tensor_type(Lent, type("Parameter", (Lent,), {}))
+    NumpyTensor.__dlpack_c_exchange_api__ = new(ctypes.addressof(table), b"dlpack_exchange_api", None)
+    NumpyTensor.table = table
+    module.bind_tensor_type(NumpyTensor, type("Parameter", (NumpyTensor,), {}))
     return module
 
 
@@ -77,7 +77,7 @@ def stored(values, dtype):
     return np.asarray(values, dtype)
 
 
-def laid(rng, values, dtype):
+def any_layout(rng, values, dtype):
     """An input in one of several layouts."""
     array = np.array(stored(values, dtype))
     kind = rng.integers(5)
@@ -89,18 +89,18 @@ def laid(rng, values, dtype):
         array = array.copy()[..., ::-1] if array.ndim > 0 else array
     elif kind == 4 and array.ndim > 0 and array.shape[0] > 0:
         array = np.broadcast_to(array[:1], array.shape)
-    return Lent(array, dtype)
+    return NumpyTensor(array, dtype)
 
 
 def unwritten(shape, dtype, part=slice(None)):
-    """An output full of NaN; part: what it takes of each row of an array twice as wide."""
+    """An output full of NaN. part: its slice of each row of an array twice as wide."""
     width = (*shape[:-1], 2 * shape[-1]) if shape and part != slice(None) else shape
     whole = np.array(stored(np.full(width, np.nan), dtype))
-    return Lent(whole[..., part] if shape else whole, dtype)
+    return NumpyTensor(whole[..., part] if shape else whole, dtype)
 
 
 def sigma_of(param, x, min_std):
-    """sigma, and its slope."""
+    """sigma and its derivative."""
     if param == "softplus":
         return np.logaddexp(0, x) + min_std, 1 / (1 + np.exp(-x))
     rate = {"logvar": 0.5, "logstd": 1.0}.get(param)
@@ -108,7 +108,7 @@ def sigma_of(param, x, min_std):
 
 
 class Call:
-    """A call that the binding must take, drawn at random, with what it must give."""
+    """A random valid call, with the results that it must give."""
 
     def __init__(self, rng, module):
         self.op = rng.choice(["randn", "forward", "backward"])
@@ -121,10 +121,10 @@ class Call:
         shape = SHAPES[rng.integers(len(SHAPES))]
         samples = [(), (1,), (3,), (2, 2), (0,)][rng.integers(5)]
         seeds = rng.integers(-(2**63), 2**63 - 1, shape[0] if shape and shape[0] < 999 and flip() else 1)
-        lent_seeds = Lent(seeds, "int64")
+        seed_tensor = NumpyTensor(seeds, "int64")
         self.threads = int(rng.integers(-1, 4))
         if self.op == "randn":
-            self.tensors = [lent_seeds, unwritten(shape, dtype)]
+            self.tensors = [seed_tensor, unwritten(shape, dtype)]
             self.wanted = [(self.tensors[1], self.noise(seeds, (), shape), 0)]
             return
         param = str(rng.choice(PARAMS))
@@ -132,20 +132,23 @@ class Call:
         low, high = clamp or (0.0, 0.0)
         self.options = module.Options(getattr(module.Param, param), min_std, clamp is not None, low, high)
 
-        def draw(of, low=-2):
-            return rng.uniform(low, 2, of)
+        def draw(size, low=-2):
+            return rng.uniform(low, 2, size)
 
         given, z, prior = flip(), flip(), flip()
         kl = not z or flip()
         event = int(rng.integers(len(shape) + 1))
         rows = shape[: len(shape) - event]
-        mu, x = laid(rng, draw(shape), dtype), laid(rng, draw(shape, 0.5), dtype)
+        mu, x = any_layout(rng, draw(shape), dtype), any_layout(rng, draw(shape, 0.5), dtype)
         prior_dtype = sums if flip() else dtype
-        mu_p = laid(rng, draw(shape), prior_dtype) if prior else None
-        x_p = laid(rng, draw(shape, 0.5), prior_dtype) if prior else None
-        eps = laid(rng, draw(samples + shape), dtype) if z and given else None
-        seed = lent_seeds if z and not given else None
-        dz, dkl = laid(rng, draw(samples + shape), dtype) if z else None, laid(rng, draw(rows), sums) if kl else None
+        mu_p = any_layout(rng, draw(shape), prior_dtype) if prior else None
+        x_p = any_layout(rng, draw(shape, 0.5), prior_dtype) if prior else None
+        eps = any_layout(rng, draw(samples + shape), dtype) if z and given else None
+        seed = seed_tensor if z and not given else None
+        dz, dkl = (
+            any_layout(rng, draw(samples + shape), dtype) if z else None,
+            any_layout(rng, draw(rows), sums) if kl else None,
+        )
 
         m, raw = mu.values(), x.values()
         at = raw if clamp is None else raw.clip(*clamp)
@@ -181,7 +184,7 @@ class Call:
 
     @staticmethod
     def noise(seeds, samples, shape):
-        """eps, [*samples, *shape]: with a seed for each item, that of an item is its own stream, sample by sample."""
+        """Make eps [*samples, *shape]. Each per-item seed has its own stream, sample by sample."""
         eps = np.zeros((math.prod(samples), len(seeds), math.prod(shape) // max(len(seeds), 1)))
         for i, seed in enumerate(seeds if eps.size else ()):
             eps[:, i] = oracle.randn(int(seed) % 2**64, eps[:, i].size).reshape(eps[:, i].shape)
@@ -200,7 +203,7 @@ class Call:
             assert before == [t.array.tobytes() for t in inputs], "an input was written"
 
     def check(self, module):
-        """The same bits from every instruction set, those of the formulas within rounding."""
+        """Check that every instruction set gives the same bits, within rounding of the formulas."""
         bits = set()
         for isa in module.available_isas():
             module.set_isa(isa)
@@ -210,7 +213,7 @@ class Call:
             bits.add(tuple(out.array.tobytes() for out, *_ in self.wanted))
             for out, *_ in self.wanted:
                 whole = out.array if out.array.base is None else out.array.base
-                gaps = np.isnan(Lent(whole, out.dtype).values()).sum()
+                gaps = np.isnan(NumpyTensor(whole, out.dtype).values()).sum()
                 assert gaps == whole.size - out.array.size, "not every element written, or others"
         assert len(bits) == 1, "instruction sets differ"
         inner = 2.0**-53 if self.tensors[0].dtype == "float64" else 2.0**-24

@@ -1,4 +1,4 @@
-"""The noise of docs/contract.md in numpy, written from its text: Philox4x32-10, then the op order bit for bit."""
+"""The noise in numpy, from its specification: Philox4x32-10, then Box-Muller in the op order that fixes the bits."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ MASK, HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
 def philox(counter, key):
-    """counter: four, key: two arrays of 32-bit words in uint64; four arrays of words."""
+    """Return four arrays of words for a counter of four and a key of two arrays of 32-bit words in uint64."""
     c = [np.asarray(x, dtype=np.uint64) for x in counter]
     k = [np.asarray(x, dtype=np.uint64) for x in key]
     for _ in range(10):
@@ -18,7 +18,7 @@ def philox(counter, key):
 
 
 def words(seed, first, count):
-    """radius and angle words of the pairs of counters first, first + 1, ..., as uint32."""
+    """Return the radius and angle words of the pairs of counters first, first + 1, ..., as uint32."""
     c = np.uint64(first) + np.arange(count, dtype=np.uint64)
     x = philox([c & MASK, c >> HALF, 0 * c, 0 * c], [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)])
     radius, angle = np.stack([x[0], x[2]], -1), np.stack([x[1], x[3]], -1)
@@ -26,7 +26,7 @@ def words(seed, first, count):
 
 
 def fma(a, b, c):
-    """float32 a * b + c rounded once: exact product, the sum rounded to odd in float64, then to float32."""
+    """Compute float32 a * b + c rounded once: exact product, sum rounded to odd in float64, then to float32."""
     a, b, c = (np.asarray(x, dtype=np.float64) for x in (a, b, c))
     with np.errstate(invalid="ignore", over="ignore"):
         p = a * b
@@ -46,7 +46,7 @@ def horner(x, *coefficients):
 
 
 def box_muller(x, y):
-    """uint32 words to the pair of float32 normals, in the op order that fixes the bits."""
+    """Turn uint32 words into pairs of float32 normals, in the op order that fixes the bits."""
     xi = x.view(np.int32)
     v = fma(xi.astype(np.float32), np.float32(2.0**-32), np.float32(2.0**-33))
     b = v.view(np.int32)
@@ -65,7 +65,7 @@ def box_muller(x, y):
 
 
 def randn(seed, count, first=0):
-    """eps[first : first + count] of a seed, float32."""
+    """Return eps[first : first + count] of a seed in float32."""
     start = first // 4
     radius, angle = words(seed, start, (first + count + 3) // 4 - start)
     eps = np.stack(box_muller(radius, angle), -1).reshape(-1)
@@ -73,7 +73,7 @@ def randn(seed, count, first=0):
 
 
 def exact_pair(x, y):
-    """The formula of docs/contract.md in float64: the radius and the pair."""
+    """Evaluate the noise formula in float64: the radius and the pair."""
     u = (x.astype(np.float64) + 0.5) / 2**32
     r = np.sqrt(-2 * np.where(u < 0.5, np.log(u), np.log1p(u - 1)))
     t = 2 * np.pi * (y.astype(np.float64) + 0.5) / 2**32

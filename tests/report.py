@@ -1,6 +1,6 @@
-"""`pytest --report FILE`: what ran, how long, where, and the figures that tests recorded with record_property.
+"""`pytest --report FILE` writes what ran, how long, where, and the figures that tests recorded by record_property.
 
-A figure whose name is "table" is Markdown lines and stands below.
+A figure with the name "table" holds Markdown lines and is printed below the others.
 """
 
 import platform
@@ -18,7 +18,7 @@ from reparam_kernels import _C
 
 
 def memory():
-    """ ", 24 GiB", where Linux tells it."""
+    """ ", 24 GiB", if Linux tells it."""
     try:
         return f", {int(Path('/proc/meminfo').read_text().split()[1]) / 2**20:.0f} GiB"
     except OSError:

@@ -29,7 +29,7 @@ SEED = 1
 
 
 def build(folder, compiler, levels, flags, sources=("tests/cpp/fuzz.cpp",), link=()):
-    """A program or module of the sources and the kernels of these instruction sets; with one, no choice is compiled."""
+    """Build a program or module of the sources and the kernels of these instruction sets; one set needs no dispatch."""
     choice = "-DREPARAM_X86_LEVELS" if len(levels) > 1 else f"-DREPARAM_ISA={levels[0]}"
     ops = sorted(ROOT.glob("csrc/ops/*.cpp"))
     parts = [(op, [f"-march={LEVELS[level]}", f"-DREPARAM_ISA={level}"]) for op in ops for level in levels]
@@ -81,7 +81,7 @@ def binding(folder):
 
 
 def module(folder):
-    """The extension itself, under numpy. The sanitizers' libraries must be loaded before Python's own."""
+    """Build the extension and run it with numpy. The sanitizers' libraries must be loaded before Python's own."""
     flags = ["-fsanitize=address,undefined", *CHECKS, "-fopenmp", "-fno-thread-jumps", "-fPIC", *python_flags()]
     path = build(folder, "g++", list(LEVELS), flags, BINDING, ["-shared"])
     libraries = [
@@ -92,7 +92,7 @@ def module(folder):
     return "g++", [sys.executable, "-m", "tests.numpy_driver", path, "600", str(SEED)], environment
 
 
-KEEPS_LEAKS = {"ASAN_OPTIONS": "detect_leaks=0"}  # what CPython leaves at its end is its own
+KEEPS_LEAKS = {"ASAN_OPTIONS": "detect_leaks=0"}  # CPython's own leaks at exit
 WHOLE = "AddressSanitizer and UndefinedBehaviorSanitizer"
 RUNS = {
     f"kernels: {WHOLE}, baseline, AVX2 and AVX-512": ("g++", sanitizers),
@@ -108,11 +108,11 @@ exception, as they must. Leaks are looked for in the programs without Python.
 
 Not run: true tensors of 2^20 to 2^62 elements in little memory (stride 0), which only take long; threads in what clang
 builds, without OpenMP here; Python under valgrind. UndefinedBehaviorSanitizer's check of alignment is off for the
-binding: torch lends float32 at any byte, x86 reads it there, and the fuzzer hands such tensors over."""
+binding: torch lends float32 at any byte, x86 reads it there, and the fuzzer passes such tensors."""
 
 
 def figures(output):
-    """Inputs and coverage, from what the programs print."""
+    """Read inputs and coverage from the output of the programs."""
     calls = sum(int(n) for n in re.findall(r"(\d+) (?:inputs|calls)$", output, re.M))
     inputs = [int(n) for n in re.findall(r"Done (\d+) runs", output)] or [calls]
     result = re.findall(r"\d+ calls of the kernels' functions, \d+ of them with a result", output)
@@ -138,8 +138,8 @@ def main():
             )  # fmt: skip
             seconds = time.monotonic() - start
         assert done.returncode == 0, f"{what}:\n{done.stdout[-8000:]}"
-        inputs, found = figures(done.stdout)
-        rows.append((what, version(name), inputs, "none", found, f"{seconds:.0f}"))
+        inputs, reached = figures(done.stdout)
+        rows.append((what, version(name), inputs, "none", reached, f"{seconds:.0f}"))
         print(f"{what}: {inputs} inputs, no findings, {seconds:.0f} s", flush=True)
     lines = ["# Memory and undefined behaviour", "", f"`make sanitize`; the seed of every run is {SEED}.", ""]
     lines += [f"{machine()}.", "", *table(("what", "tool", "inputs", "findings", "reached", "seconds"), rows), NOTES]

@@ -1,4 +1,4 @@
-"""Which backend runs, and what is said where one cannot; each in a process of its own."""
+"""Which backend runs, and the message if it cannot. Each test runs in its own process."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 
 def python(code, expect=0, timeout=60, **env):
-    """Runs code in a fresh interpreter; env values of None unset."""
+    """Run code in a fresh interpreter; an env value of None unsets the variable."""
     full = {k: v for k, v in os.environ.items() if not k.startswith(("REPARAM_", "TRITON_"))}
     full.update({k: v for k, v in env.items() if v is not None})
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=full, timeout=timeout)
@@ -88,7 +88,7 @@ def test_report_says_why_an_instruction_set_runs():
 
 
 def test_a_forked_child_samples_without_hanging():
-    """OpenMP's threads do not survive a fork; the child must not wait for them."""
+    """OpenMP's threads do not survive a fork, and the child must not wait for them."""
     code = """
 import os, torch, reparam_kernels as rk
 torch.set_num_threads(2)
@@ -102,8 +102,8 @@ print(os.waitpid(child, 0)[1])
     assert python("import warnings; warnings.simplefilter('ignore')\n" + code).strip() == "0"
 
 
-def test_a_data_loader_s_workers_sample():
-    """Two forked workers, after the parent has used its threads; each item has the noise of its seed."""
+def test_data_loader_workers_sample():
+    """The parent has used its threads before it forks two workers; each item has the noise of its seed."""
     code = """
 import torch, reparam_kernels as rk
 from torch.utils.data import DataLoader
@@ -121,8 +121,8 @@ print(all(item.equal(rk.randn(1 << 16, seed=i)) for i, item in enumerate(items))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_threads_are_torch_s_own_and_its_count_is_respected():
-    """One OpenMP runtime in the process; a Python thread that asks torch for one thread gets no team."""
+def test_threads_belong_to_torch_and_its_count_is_respected():
+    """The process has one OpenMP runtime, and a Python thread that asks torch for one thread gets no others."""
     code = """
 import os, threading, torch, reparam_kernels as rk
 from reparam_kernels import _C

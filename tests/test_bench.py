@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: rows, bounds and charts are there, a wrong provider gets no number."""
+"""The benchmark writes its rows, bounds and charts, and gives no number to a wrong provider."""
 
 import csv
 import os
@@ -61,7 +61,7 @@ def test_a_device_with_an_index_is_made_the_current_one():
 @pytest.mark.parametrize("name", steps.STEPS)
 @pytest.mark.parametrize("impl", ["ours", "eager"])
 def test_a_step_runs_on_the_device_that_it_is_given(name, impl):
-    """A tensor left on the CPU would not go together with the others, which are on meta."""
+    """The tensors are on meta, so one left on the CPU raises."""
     made = []
     backward = torch.Tensor.backward
 

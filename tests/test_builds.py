@@ -1,4 +1,4 @@
-"""Other builds of the kernels: another architecture, a compiler without OpenMP. All give the same bits."""
+"""Builds for another architecture and without OpenMP give the same bits."""
 
 import platform
 import re
@@ -21,7 +21,7 @@ FLAGS = [
 
 
 def output(folder, compiler, *, isa, flags=(), runner=()):
-    """The bytes that tests/cpp/bits.cpp writes when built so."""
+    """Build tests/cpp/bits.cpp and return the bytes that it writes."""
     program = folder / isa
     sources = [str(ROOT / path) for path in ("tests/cpp/bits.cpp", "csrc/core/dispatch.cpp", "csrc/ops/latent.cpp")]
     build = [compiler, *FLAGS, *flags, "-Wno-psabi", f"-DREPARAM_ISA={isa}", f"-I{ROOT / 'csrc'}", *sources]
@@ -31,7 +31,7 @@ def output(folder, compiler, *, isa, flags=(), runner=()):
 
 @pytest.mark.arm
 def test_neon_has_the_bits_of_x86(tmp_path):
-    """Cross-compiled, run under qemu-user; the x86 build it is held against is the one with no vector fma."""
+    """The build is cross-compiled, run under qemu-user, and compared with the x86 build without a vector fma."""
     assert platform.machine() == "x86_64", "this test cross-compiles from x86-64"
     for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64"):
         assert shutil.which(tool), f"{tool} must be installed (Debian: g++-aarch64-linux-gnu, qemu-user)"
@@ -45,9 +45,9 @@ def test_neon_has_the_bits_of_x86(tmp_path):
 
 @pytest.mark.arm
 def test_an_older_x86_gets_kernels_that_it_can_run(tmp_path):
-    """All three levels in one program, on emulated CPUs without AVX or AVX-512: no illegal instruction.
+    """A program with all three levels meets no illegal instruction on emulated CPUs without AVX or AVX-512.
 
-    No level leaves a function to the linker that another level could use in its place.
+    No level leaves a function to the linker that could replace that of another level.
     """
     assert shutil.which("qemu-x86_64"), "qemu-x86_64 must be installed (Debian: qemu-user)"
     levels = {"baseline": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
@@ -72,7 +72,7 @@ def test_an_older_x86_gets_kernels_that_it_can_run(tmp_path):
 
 @pytest.mark.slow
 def test_a_compiler_without_openmp_builds_a_serial_extension(tmp_path):
-    """setup.py itself, with a compiler that refuses -fopenmp; the kernels then run on one thread and say so."""
+    """With a compiler that refuses -fopenmp, setup.py builds kernels that run on one thread and report it."""
     for name in ("cc", "c++"):
         wrapper = tmp_path / name
         real = shutil.which("gcc" if name == "cc" else "g++")

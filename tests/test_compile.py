@@ -1,4 +1,4 @@
-"""torch.compile, export, registration and modes: the same numbers as eager, one graph, no recompilation."""
+"""torch.compile, export, registration and modes give the numbers of eager in one graph, without recompilation."""
 
 import io
 import warnings
@@ -46,7 +46,7 @@ def inputs(*shape, requires_grad=True):
 
 
 def results(f, leaves):
-    """Outputs and gradients under one manual_seed."""
+    """Compute outputs and gradients under one manual_seed."""
     torch.manual_seed(3)
     out = f(*leaves)
     out = out if isinstance(out, tuple) else (out,)
@@ -66,7 +66,7 @@ def assert_same(got, want):
 
 @ops
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_one_graph_with_eager_s_numbers(op, dynamic):
+def test_one_graph_matches_eager(op, dynamic):
     leaves = inputs(4, 6)
     assert_same(results(torch.compile(op, dynamic=dynamic, **AS_EAGER), leaves), results(op, leaves))
 
@@ -92,7 +92,7 @@ def from_channels_last(mu, x, mu_p, x_p):
     return rk.reparameterize_kl(mu, x, prior=prior, seed=7)[0]
 
 
-# Gradients that are zero for want of a path must have the layout that the fake promises, whatever the inputs' own is.
+# Gradients that are zero because there is no path must have the layout that the fake promises, for any input layout.
 UNUSED = {
     "z alone": lambda mu, x, mu_p, x_p: rk.reparameterize_kl(mu, x, prior=(mu_p, x_p), seed=7)[0],
     "kl detached": kl_detached,
@@ -176,7 +176,7 @@ def test_inside_a_compiled_training_step():
     assert step(model(), "compiled") == step(model(), "eager")
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, on the way
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # from torch
 def test_compiled_autograd():
     def f():
         mu, x = inputs(4, 6)
@@ -191,7 +191,7 @@ def test_compiled_autograd():
 
 
 def test_compile_around_transforms():
-    """A gradient of zeros must not come back for a function that torch.compile cannot follow."""
+    """A function that torch.compile cannot trace must not get a zero gradient."""
     mu, x = inputs(4, 6, requires_grad=False)
 
     def loss(m, v):
@@ -208,7 +208,7 @@ def test_compile_around_transforms():
 
 
 def test_no_host_sync_no_number_from_a_tensor():
-    """The graph that a CUDA graph would hold: a draw, the op, and nothing that reads a value."""
+    """The graph holds a draw and the op, and nothing that reads a value, as a CUDA graph requires."""
     graphs = []
 
     def keep(graph, example):
@@ -274,8 +274,8 @@ def test_a_sample_shape_of_a_dynamic_size_is_exported(strict):
         assert draw.shape == (7, 7, 6)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, many
-def test_aot_inductor_s_package_runs_in_python(tmp_path):
+@pytest.mark.filterwarnings("ignore")  # from torch
+def test_aot_inductor_package_runs_in_python(tmp_path):
     layer, h = Layer().eval(), torch.randn(4, 5)
     with torch.no_grad():
         path = torch._inductor.aoti_compile_and_package(
@@ -331,7 +331,7 @@ def test_opcheck(requires_grad, options):
 
 
 def test_the_backward_op_has_a_gradient_of_its_own():
-    """Through the ops alone, without the eager path: second and third order."""
+    """The registered ops alone, without the eager path, give second and third order gradients."""
     mu, x = (t.double().detach().requires_grad_() for t in inputs(2, 3))
 
     def f(mu, x):
@@ -367,8 +367,8 @@ def test_fake_and_meta_tensors_have_the_shapes(op):
     with FakeTensorMode():
         fake = op(*(torch.empty(4, 6) for _ in "ab"))
     meta = op(*(torch.empty(4, 6, device="meta") for _ in "ab"))
-    for found in (fake, meta):
-        pairs = zip(real, found, strict=True) if isinstance(real, tuple) else [(real, found)]
+    for outputs in (fake, meta):
+        pairs = zip(real, outputs, strict=True) if isinstance(real, tuple) else [(real, outputs)]
         for r, f in pairs:
             assert (f.shape, f.dtype, f.stride()) == (r.shape, r.dtype, r.stride())
 

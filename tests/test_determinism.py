@@ -1,4 +1,4 @@
-"""One result, whatever the way to it: what docs/numerics.md says under "The same bits", measured, as one table."""
+"""Every execution path gives one result: measures the section "The same bits" of docs/numerics.md as one table."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-import torch._dynamo  # remembers the torch.empty that it finds: torch's own, not the fixture's
+import torch._dynamo  # it keeps a reference to torch.empty, which must not be the fixture's
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reparam_kernels as rk
@@ -70,7 +70,7 @@ def given(case, backend):
 
 
 def cut(whole, cuts):
-    """The parts of a batch; a shared prior goes to each."""
+    """Cut a batch into parts, each with the shared prior."""
     if not cuts:
         return [whole]
     rows = len(whole.leaves[0])
@@ -118,21 +118,21 @@ EXECUTORS = {"eager": eager, "registered op": registered_op, "torch.compile": ea
 
 
 def results(case, whole, f, executor="eager", cuts=0, isa=ISAS[0], threads=1, backend="cpu"):
-    """eps, z, KL and gradients by name; of a batch cut so many times, the parts put together again."""
+    """Return eps, z, KL and gradients by name. If the batch is cut, the parts are joined again."""
     torch.set_num_threads(threads)
     _C.set_isa(isa)
     backends.FORCED = backend
     forget()
     parts = [EXECUTORS[executor](f, part) for part in cut(whole, cuts)]
-    found = {}
+    joined_parts = {}
     for name, values in zip(("eps", "z", "kl", *case.names), zip(*parts, strict=True), strict=True):
         joined = sum(values) if "shared" in name else torch.cat(values, -2 if name in ("eps", "z") else 0)
-        found[name] = joined.detach()
-    return found
+        joined_parts[name] = joined.detach()
+    return joined_parts
 
 
 def truths(case, whole):
-    """What numpy's oracle fixes to the bit; and the reference in float64 on the oracle's eps."""
+    """Return the bits that the numpy oracle fixes, and the float64 reference on the oracle's eps."""
     mu, x, *prior = whole.leaves
     rows, cols = mu.shape
     if case.seeds:
@@ -178,7 +178,7 @@ LINES = (ORACLE, TRUTH, RUN, THREADS, ISA, CUT, *list(EXECUTORS)[1:], TRITON, TR
 
 
 def tolerance(line, column, dtype):
-    """Relative. Half precision: half a unit in the last place, a whole one where the interpreter truncates."""
+    """Return a relative tolerance; for half precision half a unit in the last place, or one if Triton truncates."""
     if dtype == torch.float64:
         bound = 1e-13
     elif column == "kl":
@@ -195,7 +195,7 @@ def bits(t):
 
 
 def difference(got, want):
-    """The largest, relative to the element or to the root mean square of all where that is larger."""
+    """Return the largest difference, relative to the element or to the root mean square, whichever is larger."""
     size = torch.maximum(want.abs(), want.square().mean().sqrt())
     overflowed = got.isinf() & (got == want.to(got.dtype))
     error = torch.where(overflowed, 0.0, (got.double() - want).abs() / size)
@@ -203,7 +203,7 @@ def difference(got, want):
 
 
 def fill(cells, line, case, got, want, true):
-    """A cell is a list of (bits are equal, difference from the truth)."""
+    """Append (bits are equal, difference from the truth) to each cell."""
     for name in got.keys() & want.keys():
         column = "shared" if "shared" in name else "gradients" if name in case.names else name
         same = torch.equal(bits(got[name]), bits(want[name].to(got[name].dtype)))
@@ -211,7 +211,7 @@ def fill(cells, line, case, got, want, true):
 
 
 def shown(cells, line, dtype, column):
-    """The text of a cell, and whether it holds."""
+    """Return the text of a cell, and whether it passes."""
     if (line, dtype, column) not in cells:
         return "", True
     same, differences = zip(*cells[line, dtype, column], strict=True)
@@ -259,13 +259,13 @@ def as_it_was(monkeypatch):
 
 
 @pytest.mark.parametrize("cases", [CASES[4::19], pytest.param(CASES, marks=pytest.mark.slow)], ids=["some", "all"])
-def test_every_way_gives_one_result(cases, record_property):
+def test_every_execution_path_gives_one_result(cases, record_property):
     cells = {}
     for case in cases:
         measure(case, cells)
     rows, wrong = [], []
     for line in LINES:
-        alike = {}  # dtypes whose cells read the same share a row
+        alike = {}  # dtypes with equal cells share a row
         for dtype in DTYPES:
             texts, holds = zip(*(shown(cells, line, dtype, column) for column in ALL), strict=True)
             wrong += [(line, dtype, column) for column, ok in zip(ALL, holds, strict=True) if not ok]
@@ -283,8 +283,8 @@ SPECIAL = [0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 1e-45, 6e-8, 1e-
 
 @pytest.mark.parametrize("own_prior", [False, True], ids=["unit", "prior"])
 @pytest.mark.parametrize("param", PARAMS)
-def test_special_values_have_one_set_of_bits_too(param, own_prior):
-    """Zeros with their signs, infinities, subnormals; a NaN is a NaN, whatever its bits."""
+def test_special_values_have_the_same_bits(param, own_prior):
+    """Zeros with their signs, infinities and subnormals are compared by bits; any NaN equals any other."""
     values = torch.cartesian_prod(*[torch.tensor(SPECIAL, dtype=torch.float64)] * (2 + 2 * own_prior))
     g = torch.Generator().manual_seed(2)
     dz, dkl = torch.randn((2, len(values)), generator=g)

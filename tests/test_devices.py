@@ -1,4 +1,4 @@
-"""Outputs, seeds and numbers are on the device of the inputs: torch's default device, and its CPU, do not leak in."""
+"""Outputs, seeds and numbers are on the device of the inputs, not on the CPU or on torch's default device."""
 
 from unittest import mock
 
@@ -20,7 +20,7 @@ PRIOR = td.Normal(0.0, 1.0)
 
 
 def head(mu, **options):
-    """On the device of mu, its weights all ones: torch's build for CPUs cannot draw them for a fake GPU."""
+    """Make a head on the device of mu with weights of one, since a CPU build of torch cannot draw on a fake GPU."""
     with mock.patch.object(torch.nn.Linear, "reset_parameters", return_value=None):
         module = rk.GaussianHead(6, 3, device=mu.device, **options)
     for p in module.parameters():
@@ -28,7 +28,7 @@ def head(mu, **options):
     return module
 
 
-# Every public function, on tensors like mu; what makes tensors itself is told the device.
+# Every public function, on tensors like mu; a function that makes its tensors gets the device.
 CALLS = {
     "randn": lambda mu, x: rk.randn(4, 6, device=mu.device),
     "randn, seed": lambda mu, x: rk.randn(4, 6, device=mu.device, seed=7),
@@ -91,7 +91,7 @@ def test_every_public_function_is_among_the_calls():
 @calls
 @torch.no_grad()  # autograd wants a device's guard, which torch's build for CPUs lacks
 def test_outputs_are_on_the_device_of_fake_cuda_inputs_and_no_number_is_read(call):
-    """Fake tensors raise at any read of a value; those of a GPU are made without one."""
+    """Fake tensors raise at any read of a value; fake CUDA tensors need no GPU."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         mu, x = (torch.empty(4, 6, device="cuda:0") for _ in "ab")
         assert {str(t.device) for t in tensors(call(mu, x))} == {"cuda:0"}
@@ -109,7 +109,7 @@ def test_gradients_are_on_the_device_of_fake_cuda_inputs():
 @calls
 @pytest.mark.parametrize("default", ["meta", "cuda"])
 def test_the_default_device_does_not_leak_in(call, default):
-    """CPU tensors made outside give CPU results, and on a machine without a GPU "cuda" raises at any leak."""
+    """CPU tensors give CPU results; without a GPU, a tensor on the default device "cuda" raises."""
 
     def run():
         torch.manual_seed(3)
@@ -139,7 +139,7 @@ def test_gradients_under_a_default_device():
                 torch.testing.assert_close(g, w)
 
 
-def test_randn_follows_the_default_device_as_torch_s_does():
+def test_randn_follows_the_default_device_as_in_torch():
     with torch.device("meta"):
         assert rk.randn(2, seed=7).device.type == torch.randn(2).device.type == "meta"
         assert rk.reference.randn(2, seed=7).device.type == "meta"
@@ -152,12 +152,12 @@ def test_the_self_test_under_a_default_device():
 
 
 def test_the_mode_finds_a_tensor_made_without_a_device(monkeypatch):
-    """What guards the other modules must be able to fail."""
+    """The mode that guards the other modules must be able to fail."""
     source = compile("import torch\ndef leak(**where): return torch.zeros(2, **where)", "made.py", "exec")
     scope = {"__name__": "reparam_kernels.made"}
     exec(source, scope)
     with SaysWhere():
         scope["leak"](device="cpu")
-        torch.zeros(2)  # the test's own
+        torch.zeros(2)  # made by the test
         with pytest.raises(AssertionError, match=r"reparam_kernels\.made:2: zeros must say on which device"):
             scope["leak"]()

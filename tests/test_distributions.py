@@ -1,4 +1,4 @@
-"""rk.distributions.Normal beside torch's own: the same object, the fused ops' samples and KL."""
+"""rk.distributions.Normal behaves as torch's, with samples and KL from the fused ops."""
 
 import copy
 import itertools
@@ -45,7 +45,7 @@ def seeded_and_validating():
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda p: f"{getattr(p[0], 'shape', p[0])}-{getattr(p[1], 'shape', p[1])}")
-def test_everything_but_the_draw_and_the_kl_is_torch_s(pair):
+def test_everything_but_draws_and_kl_matches_torch(pair):
     ours, theirs = Normal(*pair), td.Normal(*pair)
     value = torch.linspace(0.1, 0.9, 3)[:, None, None, None]
     for name in ("batch_shape", "event_shape", "loc", "scale", "mean", "mode", "stddev", "variance"):
@@ -73,7 +73,7 @@ def assert_same(a, b):
         assert a == b
 
 
-def test_a_draw_is_the_op_s_draw_and_takes_one_seed():
+def test_a_draw_matches_the_op_and_takes_one_seed():
     for shape, draw in itertools.product([(), (3,), (2, 3)], ("rsample", "sample")):
         torch.manual_seed(1)
         z, after = getattr(Normal(LOC, SCALE), draw)(shape), torch.get_rng_state()
@@ -108,8 +108,8 @@ def test_gradients_of_a_draw_are_one_and_eps(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sides", [(Normal, Normal), (Normal, td.Normal), (td.Normal, Normal)], ids=str)
-def test_kl_is_registered_both_ways(sides, dtype):
-    """Values and gradients against torch's own formula in float64, over shapes that broadcast either way."""
+def test_kl_is_registered_with_torch_normal_on_either_side(sides, dtype):
+    """Values and gradients match torch's formula in float64, for shapes that broadcast either way."""
     for a, b in [((4, 5), (4, 5)), ((4, 5), ()), ((4, 5), (5,)), ((5,), (4, 5)), ((4, 1, 5), (3, 1)), ((0, 2), (2,))]:
         values = [torch.randn(a), torch.rand(a) + 0.5, torch.randn(b), torch.rand(b) + 0.5]
         ours = [v.to(dtype).requires_grad_() for v in values]
@@ -128,7 +128,7 @@ def test_kl_is_registered_both_ways(sides, dtype):
             torch.testing.assert_close(g.grad.double(), w.grad, rtol=20 * UNIT[dtype] + 1e-6, atol=1e-4)
 
 
-def test_kl_is_accurate_and_in_range_where_torch_s_is_not():
+def test_kl_is_accurate_and_in_range_unlike_torch():
     q, p = Normal(torch.full((9,), 1e-4), 1 + 1e-4), Normal(0.0, 1.0)
     wide = [td.Normal(d.loc.double(), d.scale.double()) for d in (q, p)]
     torch.testing.assert_close(kl_divergence(q, p).double(), exact_kl(*wide), rtol=1e-6, atol=0)
@@ -145,7 +145,7 @@ def exact_kl(p, q):
     return (((p.loc - q.loc) / q.scale) ** 2 + torch.expm1(d) - d) / 2
 
 
-def test_kl_with_other_families_is_still_torch_s():
+def test_kl_with_other_families_comes_from_torch():
     q = Normal(torch.randn(3), 0.5)
     assert torch.equal(kl_divergence(q, Laplace(0.0, 1.0)), kl_divergence(td.Normal(q.loc, q.scale), Laplace(0.0, 1.0)))
 
@@ -177,7 +177,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("pair", BAD, ids=str)
-def test_bad_arguments_are_torch_s_error_and_pass_when_validation_is_off(pair):
+def test_bad_arguments_raise_as_in_torch_and_pass_without_validation(pair):
     with pytest.raises(ValueError, match="constraint") as theirs:
         td.Normal(*pair)
     with pytest.raises(ValueError, match="constraint") as ours:
@@ -187,12 +187,12 @@ def test_bad_arguments_are_torch_s_error_and_pass_when_validation_is_off(pair):
 
 
 def test_good_arguments_pass():
-    """Infinity is no NaN, and nothing at all is no bad value."""
+    """Infinities and empty tensors are valid."""
     for pair in [(math.inf, 1.0), (torch.tensor([-math.inf, 0.0]), torch.tensor([math.inf, 5e-45])), *PAIRS]:
         assert Normal(*pair)._validate_args == td.Normal(*pair)._validate_args
 
 
-def test_validation_follows_torch_s_switch():
+def test_validation_follows_the_torch_setting():
     kept = Normal(0.0, 1.0)
     explicit = Normal(0.0, 1.0, validate_args=True)
     td.Distribution.set_default_validate_args(False)
@@ -216,7 +216,7 @@ def test_a_subclass_with_constraints_of_its_own_is_validated():
 
 
 class Counted(TorchDispatchMode):
-    """Counts the ops that do arithmetic or read a value back."""
+    """Counts the ops that do arithmetic or read a value."""
 
     def __init__(self):
         super().__init__()
@@ -229,7 +229,7 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_validation_costs_less_than_torch_s_and_nothing_when_off():
+def test_validation_costs_less_than_in_torch_and_nothing_if_off():
     loc, scale = torch.randn(128, 20), torch.rand(128, 20) + 0.5
 
     def kernels(cls, **options):

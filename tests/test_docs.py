@@ -1,4 +1,4 @@
-"""Every example in a docstring or in the README runs and prints what it says."""
+"""Every example in a docstring, the README or docs/ runs and prints what it says."""
 
 import doctest
 import os

@@ -1,4 +1,4 @@
-"""What docs/drop_in.md says of the rows of its table that no other test shows."""
+"""The rows of the table in docs/drop_in.md that no other test covers."""
 
 import math
 import re
@@ -50,7 +50,7 @@ def test_every_reduction_in_use():
         close(got, want)
 
 
-def test_monte_carlo_kl_has_the_closed_form_s_mean():
+def test_monte_carlo_kl_has_the_closed_form_as_mean():
     torch.manual_seed(0)
     q, p = rk.DiagonalGaussian(MU, LOGVAR), rk.DiagonalGaussian(torch.zeros_like(MU), torch.zeros_like(MU))
     z = q.rsample((4000,))
@@ -66,7 +66,7 @@ def test_temperature_scales_the_noise():
     close(z, MU + 0.7 * LOGVAR.exp() * rk.randn(6, 4, 5, seed=3))
 
 
-def test_eps_is_to_be_had():
+def test_eps_can_be_reproduced():
     z = rk.reparameterize(MU, LOGVAR, seed=3)
     close((z - MU) / LOGVAR.div(2).exp(), rk.randn(6, 4, 5, seed=3), atol=1e-5)
     eps = torch.randn_like(MU)
@@ -93,7 +93,7 @@ def test_pairwise_densities():
 
 
 def test_sticking_the_landing_has_no_score():
-    """At q = p the path gradient of log q(z) - log p(z) is zero for every z, as Roeder et al. (2017) have it."""
+    """At q = p the path gradient of log q(z) - log p(z) is zero for every z (Roeder et al., 2017)."""
     mu, logvar = torch.zeros(3, 4, requires_grad=True), torch.zeros(3, 4, requires_grad=True)
     z = rk.reparameterize(mu, logvar, seed=0)
     log_q = rk.DiagonalGaussian(mu.detach(), logvar.detach()).log_prob(z)

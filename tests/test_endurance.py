@@ -1,4 +1,4 @@
-"""Many calls in one process: no memory is kept, and the last is as right as the first."""
+"""Many calls in one process keep no memory, and the last is as correct as the first."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ for f, calls in ((alone, 70_000), (pair, 20_000), (refused, 10_000)):
 @pytest.mark.slow
 @linux
 def test_a_hundred_thousand_calls_keep_no_memory():
-    """One lost word a call would be 80, 160 and 560 kB; a lost tensor, megabytes."""
+    """A leak of one word per call would be 80, 160 and 560 kB; a leaked tensor, megabytes."""
     grown = [int(n) for n in python(LEAK).split()]
     assert len(grown) == 3
     assert max(grown) < 2**20
@@ -87,7 +87,7 @@ np.savez(path, *kept, seeds)
 @pytest.mark.slow
 @linux
 def test_a_million_training_steps(tmp_path, record_property):
-    """Noise, z, KL and gradients of each against float64, the seeds being torch's own; then where training settles."""
+    """Noise, z, KL and gradients of each step match float64, with seeds from torch, and training converges."""
     n, path = 10**6, tmp_path / "steps.npz"
     grown, same = python(f"n, path = {n}, {str(path)!r}\n{STEPS}", timeout=1200).split()
     assert same == "True"
@@ -128,7 +128,7 @@ def test_a_million_training_steps(tmp_path, record_property):
 @pytest.mark.slow
 @linux
 def test_options_that_differ_on_each_call_are_not_kept(record_property):
-    """Schedules of min_std and clamp: the caches stay within their bounds, and each call has its own options."""
+    """With schedules of min_std and clamp, the caches stay within their bounds and each call has its own options."""
     out = python("""
 import resource, torch, reparam_kernels as rk
 from reparam_kernels import spec

@@ -1,4 +1,4 @@
-"""Every error, word for word: `where: what must hold; got what. Do this.`"""
+"""Every error is checked word for word. Each reads `where: what must hold; got what. Do this.`"""
 
 import math
 

@@ -1,7 +1,7 @@
-"""Extreme values: z, KL and every gradient against the formula's own value, however large or small, in every backend.
+"""For extreme values, z, KL and every gradient match the formula in every backend.
 
-The truth is the op's formula in 400 bits (mpmath), rounded to the dtype: a number beyond its range is inf. Where
-the formula has a value for finite inputs there may be no NaN. For infinite inputs, the limit where there is one.
+The formula is evaluated in 400 bits (mpmath) and rounded to the dtype, so a number beyond its range is inf. If it has a
+value for finite inputs, no result may be NaN. For infinite inputs the expected result is the limit, if there is one.
 """
 
 import functools
@@ -32,7 +32,7 @@ def each(request, monkeypatch):
 
 
 def results(mu, x, prior=None, **options):
-    """NAMES for lists of numbers, each as a list; eps is -1/2."""
+    """Return NAMES for lists of numbers, each as a list; eps is -1/2."""
     dtype = options.pop("dtype", torch.float32)
     leaves = [torch.tensor(t, dtype=torch.float64).to(dtype).requires_grad_() for t in (mu, x, *(prior or ()))]
     if prior:
@@ -100,13 +100,13 @@ def test_each_value_is_the_limit_of_its_formula(each, param, point, limits, beca
 
 
 def test_the_table_is_written_down(record_property):
-    """As the C++ kernels give it; the test above holds every backend to it."""
+    """The C++ kernels give the table; the test above compares every backend with it."""
     names = ("param", "mu", "x", "mu_p", "x_p", *NAMES[:2], *NAMES[3:], "since")
     rows = []
     for param, point, limits, because in TABLE:
-        found = values(*point[:2], point[2:], param)
-        assert found == near(limits)
-        numbers = [f"{v:.6g}" for v in (*point, *found)]
+        results_at_point = values(*point[:2], point[2:], param)
+        assert results_at_point == near(limits)
+        numbers = [f"{v:.6g}" for v in (*point, *results_at_point)]
         blank = [""] * (4 - len(point))
         rows.append((param, *numbers[: len(point)], *blank, *numbers[len(point) :], *blank, because))
     record_property("table", "\n".join(table(names, rows)))
@@ -115,14 +115,14 @@ def test_the_table_is_written_down(record_property):
 # ---- finite inputs
 
 LOGS = (0.0, 1e-45, 1.0, -20.0, 80.0, -80.0, 88.8, -88.8, -104.0, 178.0, -178.0, 1e4, -1e4, 1e38, -1e38)
-XS = {"std": (1e-45, 1e-40, 1e-30, 1e-10, 0.5, 1.0, 2.0, 1e10, 1e19, 1e30, 3e38)}  # 1e-45: the least subnormal
+XS = {"std": (1e-45, 1e-40, 1e-30, 1e-10, 0.5, 1.0, 2.0, 1e10, 1e19, 1e30, 3e38)}  # 1e-45: the smallest subnormal
 # Not 2e38 with its opposite: mu - mu_p is then beyond float32. For softplus and std not 1e-45 either: below 1.2e-38,
-# where softplus stays, delta is no more than the sign of mu - mu_p times something large.
+# where softplus is constant, delta is no more than the sign of mu - mu_p times something large.
 MUS = (0.0, 1.0, 2e38)
 
 
 def scale(x, param, min_std):
-    """sigma, dsigma/dx and log sigma."""
+    """Return sigma, dsigma/dx and log sigma."""
     if param in ("logvar", "logstd"):
         log_sigma = x / 2 if param == "logvar" else x
         return mpmath.exp(log_sigma), mpmath.exp(log_sigma) / (2 if param == "logvar" else 1), log_sigma
@@ -133,8 +133,8 @@ def scale(x, param, min_std):
 
 
 def truth(param, min_std, mu, x, prior):
-    """NAMES to 400 bits; the size of the terms that each is a sum of, which may cancel; and what softplus' slope is
-    divided by, since it stays at the smallest normal number."""
+    """Return NAMES to 400 bits, the size of the terms of each sum, which may cancel, and the divisor of the slope of
+    softplus, which is at least the smallest normal number."""
     mu, x, *p = (mpmath.mpf(t) for t in (mu, x, *prior))
     sigma, dsigma, log_sigma = scale(x, param, min_std)
     mu_p, (sigma_p, dsigma_p, log_sigma_p) = (p[0], scale(p[1], param, min_std)) if p else (0, (mpmath.mpf(1), 0, 0))
@@ -149,12 +149,12 @@ def truth(param, min_std, mu, x, prior):
 
 @functools.cache
 def grid(param, min_std, dtype, prior):
-    """Points, exact in dtype, and the truth at each."""
+    """Return points, exact in dtype, and the truth at each."""
     rounded = [torch.tensor(t, dtype=torch.float64).to(dtype).double() for t in (MUS, XS.get(param, LOGS))]
     mus, xs = (list(dict.fromkeys(t[t.isfinite()].tolist())) for t in rounded)
     if param == "std":
         xs = [x for x in xs if x > 0]
-    if dtype == torch.float64:  # there expm1(d) - d stands as it is: not to its last digit near 0
+    if dtype == torch.float64:  # expm1(d) - d is computed directly, which loses digits near 0
         xs = [x for x in xs if abs(x) != 1e-45]
     if dtype == torch.bfloat16:  # Triton's interpreter reads subnormal ones as 0
         xs = [x for x in xs if x == 0 or abs(x) >= torch.finfo(dtype).tiny]
@@ -164,18 +164,18 @@ def grid(param, min_std, dtype, prior):
 
 
 def wrong(got, value, size, stays, overflowed, rounding, out, wide):
-    """What is wrong with a result, or None. out: its dtype; wide: the arithmetic's."""
+    """Return what is wrong with a result, or None. out is its dtype, wide that of the arithmetic."""
     top, eps, tiny = mpmath.mpf(torch.finfo(out).max), torch.finfo(out).eps, torch.finfo(out).tiny
     if math.isnan(got):
         return "NaN" if abs(value) < top else None
-    if math.isinf(got):  # what is added or squared on the way may overflow before the sum does
+    if math.isinf(got):  # an intermediate sum or square may overflow first
         if size > top:
             return None
         near = abs(value) > top / 8 or size > top / 8 or overflowed
         return None if near and (got > 0) == (value > 0) else "infinite"
     if abs(value) > top * (1 + mpmath.mpf(eps)):
         return None if abs(got) > top / 8 else "finite"
-    unit = max(eps, 2e-6 if wide == torch.float32 else 1e-8)  # 1e-8: expm1(d) - d as it stands
+    unit = max(eps, 2e-6 if wide == torch.float32 else 1e-8)  # 1e-8: expm1(d) - d, computed directly
     least = 2 * tiny * eps + mpmath.mpf(torch.finfo(wide).tiny) * (8 + 2 * stays) + rounding
     return None if abs(got - value) <= unit * max(abs(value), size) + least else "inaccurate"
 
@@ -190,9 +190,9 @@ def test_finite_inputs_give_the_value_of_the_formula(each, param, min_std, dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     rounding = 1e-15 if min_std and dtype == torch.float64 else 0  # of softplus(x) + min_std
     faults = []
-    for point, (values, sizes, stays), *found in zip(points, truths, *got, strict=True):
+    for point, (values, sizes, stays), *results_at_point in zip(points, truths, *got, strict=True):
         overflowed = values[1] > torch.finfo(wide).max / 8
-        for i, g in enumerate(found):
+        for i, g in enumerate(results_at_point):
             out = wide if NAMES[i] == "kl" else dtype
             fault = wrong(g, values[i], sizes[i], stays[i], overflowed and i > 3, rounding, out, wide)
             if fault:
@@ -204,24 +204,24 @@ def test_finite_inputs_give_the_value_of_the_formula(each, param, min_std, dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("param", PARAMS)
 def test_infinite_inputs_give_the_same_in_every_backend(monkeypatch, param, dtype, prior):
-    """NaN, inf or the number; the formula in plain torch, without a prior that is infinite and for logarithms."""
+    """The result is the same NaN, inf or number. Plain torch is compared for logvar and logstd without a prior."""
     wild = (0.0, 1.0, INF, -INF, NAN)
     points = itertools.product(wild, wild, (0.0, INF), wild) if prior else itertools.product(wild, wild)
     mu, x, *both = map(list, zip(*points, strict=True))
-    found = {}
+    by_backend = {}
     for name in ("cpu", "triton", "reference"):
         if name == "reference" and (prior or param in ("std", "softplus")):
             continue
         use_backend(monkeypatch, name)
-        found[name] = torch.tensor(results(mu, x, both or None, param=param, dtype=dtype), dtype=torch.float64)
+        by_backend[name] = torch.tensor(results(mu, x, both or None, param=param, dtype=dtype), dtype=torch.float64)
     forget()
-    for other in found.values():
-        torch.testing.assert_close(other, found["cpu"], rtol=1e-6, atol=1e-30, equal_nan=True)
+    for other in by_backend.values():
+        torch.testing.assert_close(other, by_backend["cpu"], rtol=1e-6, atol=1e-30, equal_nan=True)
 
 
 @pytest.mark.parametrize("logvar", [12.0, 22.0, -24.0, 6e-8, 65504.0, -65504.0])
 def test_float16_at_its_edges(each, logvar):
-    """sigma beyond 65504 is inf in z, sigma below 6e-8 is 0 there; the kl is float32 and goes on."""
+    """In z, sigma beyond 65504 is inf and sigma below 6e-8 is 0; kl is float32 and stays finite."""
     mu, x = torch.tensor([0.0]).half(), torch.tensor([logvar]).half()
     z, kl = rk.reparameterize_kl(mu, x, eps=torch.tensor([-1.0]).half(), event_ndim=0)
     wide = x.double()

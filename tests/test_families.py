@@ -1,4 +1,4 @@
-"""Each family's script: the lines before and ours give the same first step, and training makes use of the latents."""
+"""In each family's script, the original code and ours give the same first step, and training uses the latents."""
 
 import importlib
 import re
@@ -23,7 +23,7 @@ def digits():
 
 @pytest.fixture
 def one_noise(monkeypatch):
-    """Torch's draws are ours: from one state of its generator the lines before and ours get one eps."""
+    """Replace torch's draws by ours, so that the original code and ours get the same eps."""
     normal = torch.distributions.normal
     monkeypatch.setattr(torch, "randn", rk.randn)
     monkeypatch.setattr(torch, "randn_like", lambda t: rk.randn(t.shape, dtype=t.dtype))
@@ -31,7 +31,7 @@ def one_noise(monkeypatch):
 
 
 def first_step(family, way, x, scale):
-    """Loss, ELBO and the gradient in every weight, from weights and a generator that are always the same."""
+    """Return loss, ELBO and the gradient of every weight, for fixed weights and a fixed generator."""
     script = importlib.import_module(f"examples.families.{family}")
     make = script.RSSM if family == "recurrent" else script.VAE
     if family == "distributions":
@@ -46,23 +46,23 @@ def first_step(family, way, x, scale):
     return *terms, {name: weight.grad for name, weight in model.named_parameters()}
 
 
-# At weights as they start the hierarchy's free bits hold the upper layer's KL; at twice those, none.
+# With the initial weights, free bits clamp the KL of the hierarchy's upper layer; with doubled weights, no KL.
 @pytest.mark.parametrize("scale", [1, 2])
 @pytest.mark.parametrize(("family", "way"), WAYS)
-def test_the_first_step_is_that_of_the_lines_before_in_float64(digits, one_noise, family, way, scale):
+def test_first_step_matches_the_original_code_in_float64(digits, one_noise, family, way, scale):
     x = digits.train[:64]
     loss, elbo, gradients = first_step(family, way, x, scale)
     true_loss, true_elbo, true_gradients = first_step(family, "before", x.double(), scale)
     assert loss.item() == pytest.approx(true_loss.item(), rel=1e-6)
     assert elbo.item() == pytest.approx(true_elbo.item(), rel=1e-6)
     for name, true in true_gradients.items():
-        if (family, name, scale) != ("hierarchical", "p2", 1):  # only the KL, held by free bits, would move it
+        if (family, name, scale) != ("hierarchical", "p2", 1):  # its only gradient is from the clamped KL
             assert true.abs().max() > 0, name
         error = (gradients[name].double() - true).abs().max()
         assert error <= 5e-6 * true.abs().max(), name
 
 
-def test_the_adapter_s_z_is_that_of_the_lines_before_to_the_bit():
+def test_adapter_z_bits_match_the_original_code():
     from examples.families import packed
 
     moments = torch.randn(8, 8, 2, 2)
@@ -74,7 +74,7 @@ def test_the_adapter_s_z_is_that_of_the_lines_before_to_the_bit():
 
 @pytest.mark.parametrize(("family", "way"), WAYS)
 def test_training_raises_the_held_out_elbo(digits, monkeypatch, capsys, family, way):
-    """Ours, above what the mean image gives every image: the bound of a decoder that does not look at z."""
+    """The ELBO exceeds that of the mean image, which is the bound of a decoder that ignores z."""
     mean_image = digits.train.mean(0).expand_as(digits.test)
     without_z = -binary_cross_entropy(mean_image, digits.test, reduction="none").sum(1).mean().item()
     module = f"examples.families.{family}"

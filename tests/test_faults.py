@@ -1,4 +1,4 @@
-"""What fails around the ops, memory and exceptions: each failure is clean, and the next call is right."""
+"""After a failed allocation or an exception around the ops, the error is clean and the next call is correct."""
 
 import platform
 import shutil
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Sum:
-    """A loss of one call and its gradients, against the reference in float64."""
+    """The loss of one call and its gradients, checked against the reference in float64."""
 
     def __init__(self):
         self.mu, self.x = inputs((4, 5), requires_grad=True)
@@ -24,7 +24,7 @@ class Sum:
         self.loss = self.z.square().sum() + self.kl.sum()
 
     def again(self):
-        """Backward through the same graph once more is right."""
+        """Check that a second backward through the same graph is correct."""
         self.mu.grad = self.x.grad = None
         self.loss.backward()
         self.check()
@@ -39,7 +39,7 @@ class Sum:
 
 
 def whole():
-    """Another call, start to end, is right."""
+    """Check that a whole call is correct."""
     s = Sum()
     s.loss.backward()
     s.check()
@@ -67,7 +67,7 @@ class Fails:
 
 @linux
 def test_out_of_memory_is_an_error_and_the_next_call_is_right():
-    """The limit stops the first output, the second, a gradient, or the sums inside the kernel."""
+    """The limit fails the allocation of the first output, the second, a gradient, or the sums inside the kernel."""
     out = python(
         """
 import resource, torch, reparam_kernels as rk
@@ -103,7 +103,7 @@ resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_IN
 assert all(map(torch.equal, want, (g[:9] for g in backward())))
 """,
         MALLOC_MMAP_THRESHOLD_="1048576",
-    )  # or freed memory is kept, and serves the next call
+    )  # else freed memory is reused by the next call
     assert out.split("\n") == ["RuntimeError True"] * 5 + ["MemoryError False", ""]
 
 
@@ -111,7 +111,7 @@ assert all(map(torch.equal, want, (g[:9] for g in backward())))
 @linux
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is over glibc's")
 def test_another_allocator_gives_the_same_bits(tmp_path):
-    """Preloaded; it gives less alignment than torch asks for, and memory full of garbage."""
+    """The preloaded allocator aligns less than torch asks for, and fills memory with garbage."""
     cc = shutil.which("cc")
     if cc is None:
         pytest.skip("no C compiler")
@@ -119,12 +119,12 @@ def test_another_allocator_gives_the_same_bits(tmp_path):
     subprocess.run([cc, "-O1", "-fPIC", "-shared", ROOT / "tests/cpp/allocator.c", "-o", library], check=True)
     out = python(ALLOCATED + "\nraw = torch.empty(1000); print(raw.data_ptr() % 64, raw.view(torch.uint8)[-1].item())",
                  LD_PRELOAD=str(library))  # fmt: skip
-    *found, alignment, garbage = out.split()
+    *preloaded, alignment, garbage = out.split()
     assert (int(alignment) % 16, int(garbage)) == (0, 0xA5)
     usual = python(ALLOCATED).split()
     assert len(usual) == 25
-    assert found[1:] == usual[1:]
-    assert int(usual[0]) == 0 < int(found[0])
+    assert preloaded[1:] == usual[1:]
+    assert int(usual[0]) == 0 < int(preloaded[0])
 
 
 ALLOCATED = """
@@ -157,7 +157,7 @@ def test_a_hook_that_fails_to_pack_a_saved_tensor(saved):
 
 @pytest.mark.parametrize("saved", [1, 2, 3])
 def test_a_hook_that_fails_to_unpack_a_saved_tensor(saved):
-    """The same graph can be gone through again."""
+    """The same graph can be used again."""
     with saved_tensors_hooks(lambda t: t, Fails(saved)):
         s = Sum()
     with pytest.raises(Stop):
@@ -178,7 +178,7 @@ def test_a_backward_hook_that_fails(name):
 
 @linux
 def test_a_signal_handler_that_raises_at_any_moment():
-    """As Ctrl-C does: between any two lines of Python, in forward and in backward; the next call is right."""
+    """As Ctrl-C does, it raises between any two lines of Python in forward and backward; the next call is correct."""
     out = python("""
 import random, signal, torch, reparam_kernels as rk
 torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Forks: each child finishes, with the right bits, whatever the parent's threads were doing; so do they."""
+"""Forked children finish with the right bits, whatever the parent's threads were doing, and so do these threads."""
 
 from tests.cases import linux
 from tests.test_backends import python
@@ -6,7 +6,7 @@ from tests.test_backends import python
 
 @linux
 def test_a_child_forked_before_the_first_call_does_not_hang():
-    """The parent has imported the package and used torch's threads, which the child has not."""
+    """The parent has imported the package and used torch's threads, which the child does not have."""
     code = """
 import os, torch, reparam_kernels as rk
 torch.set_num_threads(2)
@@ -37,11 +37,11 @@ def right(*_):
     return work() == want
 
 def in_threads():
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(right())) for _ in range(3)]
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(right())) for _ in range(3)]
     for t in threads: t.start()
     for t in threads: t.join()
-    return found == [True] * 3
+    return results == [True] * 3
 
 def in_a_child(body):
     child = os.fork()
@@ -98,13 +98,13 @@ print(passed.count(False), len(passed), wrong, right())
 
 @linux
 def test_forks_while_threads_are_inside_an_op():
-    """Children, their children and their threads finish with the right bits; the parent's threads too."""
+    """Children, their children and their threads finish with the right bits, as do the parent's threads."""
     assert python(BUSY, timeout=300).strip() == "0 42 [] True"
 
 
 @linux
 def test_a_pool_of_forked_processes():
-    """multiprocessing's, after the parent has used its threads: forward and backward in each worker, repeatedly."""
+    """Each worker runs forward and backward repeatedly, after the parent has used its threads."""
     code = """
 from multiprocessing import get_context
 with get_context("fork").Pool(3) as pool:

@@ -1,7 +1,7 @@
-"""Every address of every access lies in its buffer, and every output element is written exactly once.
+"""Every access lies in its buffer, and every output element is written exactly once.
 
-The interpreter's loads and stores are watched: each address that is not masked off must be that of an element of one of
-the call's tensors; stores are counted. A wide margin of poison lies around every input, besides.
+The interpreter's loads and stores are recorded. Each address that is not masked off must belong to an element of one of
+the call's tensors; stores are counted. Every input also has wide margins that hold poison.
 """
 
 import math
@@ -21,7 +21,7 @@ MARGIN = 4096  # elements of poison on either side of an input
 
 @pytest.fixture
 def watched(monkeypatch):
-    """The addresses that the kernels read and wrote, and the tensors that the launcher made."""
+    """Record the addresses that the kernels read and write, and the tensors that the launcher makes."""
     use_backend(monkeypatch, "triton")
     seen = {"reads": [], "writes": []}
     load, store = interpreter.InterpreterBuilder.create_masked_load, interpreter.InterpreterBuilder.create_masked_store
@@ -45,7 +45,7 @@ def watched(monkeypatch):
 
     def kept(*args, **kwargs):
         t = make(*args, **kwargs)
-        if t.numel():  # the interpreter makes empty ones, to see the same memory
+        if t.numel():  # the interpreter makes empty views of the same memory
             made.append(t)
         return t
 
@@ -55,7 +55,7 @@ def watched(monkeypatch):
 
 
 def fenced(shape, dtype, offset=0, pitch=None, seed=0):
-    """A tensor between margins of poison, `offset` elements past an aligned address, its rows `pitch` apart."""
+    """Make a tensor between margins of poison, `offset` elements past an aligned address, its rows `pitch` apart."""
     width = shape[-1]
     pitch = pitch or width
     rows = math.prod(shape[:-1])
@@ -67,7 +67,7 @@ def fenced(shape, dtype, offset=0, pitch=None, seed=0):
 
 
 def addresses(t):
-    """The address of every element of a tensor."""
+    """Return the address of every element of a tensor."""
     at = torch.zeros(t.shape, dtype=torch.int64)
     for i, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
         step = torch.arange(size) * stride * t.element_size()
@@ -76,7 +76,7 @@ def addresses(t):
 
 
 def audit(seen, inputs, outputs, scratch):
-    """Reads lie in inputs, outputs' scratch or the seed; each output element is written once, and nothing else is."""
+    """Check that reads lie in inputs, scratch or the seed, and that only output elements are written, each once."""
     known = np.unique(np.concatenate([addresses(t) for t in (*inputs, *scratch) if t.numel()]))
     read = np.unique(np.concatenate(seen["reads"]))
     assert np.isin(read, known, assume_unique=True).all(), "a read outside of every input"
@@ -149,7 +149,7 @@ def test_no_rows_launch_nothing(watched):
 
 @pytest.mark.parametrize("shape", [(37, 20), (3, 2100), (5000,), (4, 3, 5)], ids=str)
 def test_a_grid_of_two_dimensions_computes_the_same(monkeypatch, shape):
-    """Such a grid is used if x cannot hold all programs; here the limit is small."""
+    """A 2-D grid is used if x cannot hold all programs; here the limit is small."""
     use_backend(monkeypatch, "triton")
     mu, x = (fenced(shape, torch.float32, seed=i).requires_grad_() for i in range(2))
     seed = torch.arange(shape[0]) if len(shape) == 3 else torch.tensor([7])
@@ -167,7 +167,7 @@ def test_a_grid_of_two_dimensions_computes_the_same(monkeypatch, shape):
 
 
 def test_rows_that_lie_more_than_2_to_the_31_apart(watched):
-    """Pages of a mapping that are not touched take no memory."""
+    """Untouched pages of a mapping take no memory."""
     apart = 2**30
     held = torch.frombuffer(mmap.mmap(-1, 4 * (2 * apart + 20)), dtype=torch.float32)
     mu = held.as_strided((3, 20), (apart, 1))

@@ -1,7 +1,7 @@
-"""Gates on the compiled GPU kernels, without a GPU: registers, spills, widths, rounding, instructions an element.
+"""Gates on the compiled GPU kernels, without a GPU: registers, spills, widths, rounding, instructions per element.
 
-Compiled as a launch would compile them, disassembled, counted: bench/compiled.py says how. The default run looks at the
-main variants on one NVIDIA and one AMD target; `make test-gpu-code` at every variant on every target.
+bench/compiled.py compiles them as a launch would, disassembles and counts. The default run checks the main variants on
+one NVIDIA and one AMD target; `make test-gpu-code` checks every variant on every target.
 """
 
 import json
@@ -16,7 +16,7 @@ import triton
 MAIN = ["sm_90", "gfx942"]
 EVERY = ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"]
 
-# (instructions an element, registers), at most, on sm_90 by triton 3.9. Other NVIDIA targets get SLACK on both, an
+# The most (instructions per element, registers) on sm_90 by triton 3.9. Other NVIDIA targets get SLACK on both, an
 # older triton 5 % of the instructions.
 BUDGET = {
     ("noise float32", "randn_kernel"): (35, 48),
@@ -44,12 +44,12 @@ BUDGET = {
 }
 OLDER = 1.05 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9) else 1.0
 SLACK = {"sm_80": 1.2, "sm_90": 1.0, "sm_100": 1.2}
-# AMD: instructions an element and vector registers; sqrt takes it some twenty instructions more a pair.
+# AMD: instructions per element and vector registers; a square root takes some twenty more instructions per pair.
 BUDGET_AMD = {"noise": (60, 96), "latent": (110, 128), "kl alone": (50, 96), "latent, prior": (160, 192)}
 
 
 def counts(which, target):
-    """The counts of the variants' kernels, from a process in which Triton compiles."""
+    """Start a process, in which Triton can compile, that prints the counts of the variants' kernels."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.gpu_variants", which, target]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -57,12 +57,12 @@ def counts(which, target):
 
 @cache
 def started(which):
-    """All targets at once: they share nothing but the processor."""
+    """Start all targets at once, since they share only the processor."""
     return {target: counts(which, target) for target in (MAIN if which == "main" else EVERY)}
 
 
 @cache
-def found(which, target):
+def finished(which, target):
     process = started(which)[target]
     out, error = process.communicate()
     assert process.returncode == 0, error
@@ -70,7 +70,7 @@ def found(which, target):
 
 
 def failures(count):
-    """What a kernel breaks, in words."""
+    """Return the gates that a kernel fails, as text."""
     target, name, kernel = count["target"], count["variant"], count["kernel"]
     nvidia = target.startswith("sm_")
     wrong = []
@@ -114,7 +114,7 @@ def failures(count):
 
 
 def elements_moved(name, kernel):
-    """How many whole tensors a kernel of a plain variant loads and stores."""
+    """Return how many whole tensors a kernel of a plain variant loads and stores."""
     name = name.rsplit(" ", 1)[0]
     prior = 2 * name.endswith("prior")
     if name == "noise":
@@ -127,7 +127,7 @@ def elements_moved(name, kernel):
 
 
 def gate(which, target):
-    counted = found(which, target)
+    counted = finished(which, target)
     assert len(counted) > 10
     wrong = [line for count in counted for line in failures(count)]
     assert not wrong, "\n" + "\n".join(wrong)
@@ -161,7 +161,7 @@ def test_the_square_root_is_that_on_every_nvidia_target(target):
 
 
 def test_every_budget_is_of_a_kernel_that_is_compiled():
-    compiled = {(count["variant"], count["kernel"]) for count in found("main", "sm_90")}
+    compiled = {(count["variant"], count["kernel"]) for count in finished("main", "sm_90")}
     budgets = {(name, kernel) for name, kernel in BUDGET if name.startswith(("noise", "latent", "kl alone"))}
     assert budgets <= compiled
 
@@ -179,7 +179,7 @@ def test_every_budget_is_of_a_kernel_that_is_compiled():
 )
 def test_a_broken_budget_is_named(change, said):
     count = next(
-        c for c in found("main", "sm_90") if (c["variant"], c["kernel"]) == ("latent float32", "forward_kernel")
+        c for c in finished("main", "sm_90") if (c["variant"], c["kernel"]) == ("latent float32", "forward_kernel")
     )
     assert failures(count) == []
     (line,) = failures({**count, **change})

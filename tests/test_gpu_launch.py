@@ -1,4 +1,4 @@
-"""The launches of a call, recorded: grids, pointers, strides and constants, for tensors that no memory holds."""
+"""The launches of a call: grids, pointers, strides and constants, also for tensors larger than memory."""
 
 import math
 
@@ -19,7 +19,7 @@ def meta(*shape, dtype=torch.float32):
 
 
 def forward(mu, x, **options):
-    """The call, its outputs and its launches."""
+    """Return the outputs and the launches of a call."""
     call = make_arguments("test", mu, x, z=True, kl=True, seed=options.pop("seed", 3), **options)
     with recording() as launches:
         z, kl = launcher.forward(call)
@@ -72,7 +72,7 @@ def test_the_grid_covers_every_element_within_the_limits(shape, dtype):
 
 @pytest.mark.parametrize("width", [4, 20, 127, 1000, 1029])
 def test_pointers_and_strides_lead_to_the_elements(width):
-    """Kernel row r, column c is element r * cols + c: the pointer and the strides must find that element."""
+    """Row r, column c of the kernel is element r * cols + c; pointer and strides must lead to that element."""
     base = torch.arange(8 * 2 * width, dtype=torch.float32)
     mu, x = base.view(8, 2 * width).chunk(2, 1)
     _, z, kl, (launch,) = forward(mu, x)
@@ -138,7 +138,7 @@ def test_one_launch_a_call_and_two_if_rows_are_huge():
 
 
 def test_equal_keys_have_equal_plans_and_kernels():
-    """A plan depends on no tensor, seed or pointer beyond what its key holds."""
+    """A plan depends on no tensor, seed or pointer beyond its key."""
     first, second = (forward(torch.randn(64, 20), torch.randn(64, 20), seed=i)[-1][0] for i in range(2))
     assert first.compile_time == second.compile_time
     assert hash(first.compile_time["TILING"]) == hash(second.compile_time["TILING"])
@@ -149,7 +149,7 @@ SIZES = [1, 2, 3, 4, 5, 20, 127, 128, 1000, 1029, 4097, 2**16, 2**20, 2**31 - 10
 
 @st.composite
 def plans(draw):
-    """Up to 2^48 elements, their operands packed, turned, repeated or far apart, cut as for a forward."""
+    """Draw plans for up to 2^48 elements with packed, transposed, repeated or distant operands."""
     shape = []
     for _ in range(draw(st.integers(1, 4))):
         size = draw(st.sampled_from(SIZES) | st.integers(1, 2**34))
@@ -182,7 +182,7 @@ def offset(t, element):
 
 
 def check_position(call, key, plan, block, chunk, r, p):
-    """One position's arithmetic as gpu/tiles.py does it, in whole numbers; within 32 bits if OFFSET_32BIT."""
+    """Check the integer arithmetic of gpu/tiles.py for one position, within 32 bits if OFFSET_32BIT."""
     layout, how = plan.layout, plan.tiling
     row, column = block * how.ROWS + r, chunk * how.BLOCK + p
     n, element = layout.numel, row * layout.cols + column
@@ -217,7 +217,7 @@ def check_position(call, key, plan, block, chunk, r, p):
 
 
 def test_the_arithmetic_of_any_launch(record_property):
-    """Programs cover all rows and columns; a position has its element's address, seed and KL; what is proved holds."""
+    """Programs cover all elements; a position has its element's address, seed and KL; the plan's assumptions hold."""
     tried = 0
 
     @settings(max_examples=1000, derandomize=True, database=None, deadline=None, suppress_health_check=[*HealthCheck])

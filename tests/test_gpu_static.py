@@ -1,4 +1,4 @@
-"""The predictions: the bound by hand, the counting on a listing written by hand, and the committed table."""
+"""The predictions: the bound and the counts are checked against hand-written cases, and the committed table."""
 
 import csv
 import re
@@ -20,7 +20,7 @@ def census(registers=72, threads=128, **classes):
 
 
 def test_the_bound_is_the_slowest_resource():
-    """On 132 SMs at 1.755 GHz a clock of all SMs is 1 / 0.23166 ps."""
+    """On 132 SMs at 1.755 GHz all SMs make 0.23166 clocks per ps."""
     ps = times(DEVICES["H100"], [census(float=40, integer=16, multiply=4, special=1)], 4, 3)
     assert ps["memory"] == pytest.approx(12 / 3.35)
     assert ps["issue"] == pytest.approx(61 / 128 / 0.23166)
@@ -80,13 +80,13 @@ def test_what_rounds_wrongly_is_named():
 
 def test_the_committed_table_is_whole_and_the_docs_show_it():
     rows = list(csv.DictReader((ROOT / "bench/results/gpu_static.csv").read_text().splitlines()))
-    found = {(r["device"], r["dtype"], r["provider"], r["pass"]): r for r in rows}
-    assert len(found) == len(rows) == len(DEVICES) * len(DTYPES) * 4
+    by_case = {(r["device"], r["dtype"], r["provider"], r["pass"]): r for r in rows}
+    assert len(by_case) == len(rows) == len(DEVICES) * len(DTYPES) * 4
     docs = (ROOT / "docs/gpu.md").read_text()
     for device in DEVICES:
         for dtype in DTYPES:
             (line,) = [line for line in docs.splitlines() if line.startswith(f"| {device}, {dtype} |")]
             shown = [float(x) for x in re.findall(r"(\d+\.\d+) \(", line)]
             order = [(p, w) for w in ("forward", "backward") for p in ("ours", "torch.compile")]
-            want = [float(found[(device, dtype, *key)]["predicted_ps"]) for key in order]
+            want = [float(by_case[(device, dtype, *key)]["predicted_ps"]) for key in order]
             assert shown == pytest.approx(want, abs=0.0051)

@@ -1,4 +1,4 @@
-"""gradcheck in float64 on every op and option and on the VAE's whole ELBO; float64 truth for the other dtypes."""
+"""gradcheck in float64 of every op and option and of a whole ELBO; other dtypes are compared with float64."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def leaves(shape, param):
 
 
 def split_options(options, param, shape):
-    """The keywords of a call, and the prior's leaves apart."""
+    """Split options into the keywords of a call and the leaves of the prior."""
     options = {"seed": 7, "param": param, **options}
     if param == "softplus":
         options["min_std"] = 0.05
@@ -107,7 +107,7 @@ def test_gradcheck_of_the_whole_elbo_in_every_parameter(backend, likelihood):
 @pytest.mark.parametrize("samples", [(), (3,)], ids=str)
 @pytest.mark.parametrize("param", PARAMS)
 def test_gradients_match_float64(backend, param, samples, dtype):
-    """All four, at a tolerance of the dtype's rounding and the sum over samples; small KLs included."""
+    """All four match within the rounding of the dtype and of the sum over samples, also for small KLs."""
     for scale in (1.0, 1e-3):
         mu, x = inputs((16, 33), dtype, param, scale, requires_grad=True)
         prior = tuple(inputs((33,), dtype, param, scale, seed=1, requires_grad=True))
@@ -127,7 +127,7 @@ def test_gradients_match_float64(backend, param, samples, dtype):
             torch.testing.assert_close(g.double(), w, rtol=rounding, atol=2e-6 * largest, msg=name)
 
 
-def test_clamp_s_gradient_is_that_of_torch_clamp(backend):
+def test_clamp_gradient_matches_torch_clamp(backend):
     x = torch.tensor([-3.0, -1.0, 0.0, 2.0, 5.0, float("nan")], requires_grad=True)
     mu = torch.zeros(6)
     z, kl = rk.reparameterize_kl(mu, x, seed=1, clamp=(-1.0, 2.0))
@@ -164,7 +164,7 @@ def test_backward_twice_gives_the_same_bits(backend):
     mu, x = inputs((4, 37), requires_grad=True)
     z, kl = rk.reparameterize_kl(mu, x, sample_shape=(2,))
     first = torch.autograd.grad(z.sum() + kl.sum(), (mu, x), retain_graph=True)
-    torch.randn(10)  # the seed was drawn at the call: what happens since does not matter
+    torch.randn(10)  # the seed was drawn at the call, so later draws do not matter
     second = torch.autograd.grad(z.sum() + kl.sum(), (mu, x))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -187,7 +187,7 @@ def test_only_the_inputs_and_the_seed_are_saved(backend):
     assert not saved
 
 
-def test_the_prior_s_gradients_have_its_own_shape(backend):
+def test_prior_gradients_have_the_shape_of_the_prior(backend):
     mu, x = inputs((2, 4, 5))
     prior = (torch.zeros(4, 1, requires_grad=True), torch.tensor(0.5, requires_grad=True))
     kl = rk.kl_divergence(mu, x, prior=prior)
@@ -201,7 +201,7 @@ def test_the_prior_s_gradients_have_its_own_shape(backend):
 
 
 def test_the_gradient_estimates_the_gradient_of_an_expectation():
-    """E[z^2] = mu^2 + sigma^2: the pathwise gradient's mean over many samples, within five of its standard errors."""
+    """The mean pathwise gradient of E[z^2] = mu^2 + sigma^2 is within five of its standard errors."""
     mu, logvar = torch.tensor([0.7], requires_grad=True), torch.tensor([-0.4], requires_grad=True)
     n = 1_000_000
     z = rk.reparameterize(mu, logvar, sample_shape=(n,), seed=6)

@@ -1,7 +1,7 @@
-"""Torch's own hostile tensors, and numbers: an exception or a result, never a crash or a hang.
+"""Hostile tensors and numbers that torch can make give an exception or a result, never a crash or a hang.
 
-Each family runs in a process of its own, so that a crash is a failure and not the end of the suite. What only a made-up
-description of a tensor can claim, and several bad arguments at once, are for tests/cpp/fuzz_binding.cpp.
+Each family runs in its own process, so that a crash is a failure and not the end of the suite. Tensor descriptions that
+torch cannot make, and several bad arguments at once, are covered by tests/cpp/fuzz_binding.cpp.
 """
 
 import subprocess

@@ -1,4 +1,4 @@
-"""Every output may be changed in place, in every mode: no backward needs it, and no input shares its memory."""
+"""Every output may be changed in place in every mode: backward does not need it, and no input shares its memory."""
 
 import contextlib
 import warnings
@@ -56,9 +56,9 @@ def tensors(out):
 
 
 def changed(op):
-    """The op, each output tripled and shifted: in place, or not."""
+    """Return the op with each output tripled and shifted, in place and out of place."""
 
-    def apart(mu, x):
+    def out_of_place(mu, x):
         return tuple(3 * y + 1 for y in tensors(op(mu, x)))
 
     def in_place(mu, x):
@@ -67,7 +67,7 @@ def changed(op):
             y.mul_(3).add_(1)
         return out
 
-    return in_place, apart
+    return in_place, out_of_place
 
 
 def backward(f, **options):

@@ -1,4 +1,4 @@
-"""Installations with something missing, old or broken: one warning or a clear error, and what can run runs."""
+"""Installations with a missing, old or broken part give one warning or a clear error, and the rest runs."""
 
 import ctypes
 import importlib
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def other_version():
-    """A capsule as torch's own, of a DLPack version that nobody knows."""
+    """Make a capsule like torch's, of an unknown DLPack version."""
     new = ctypes.pythonapi.PyCapsule_New
     new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     other_version.memory = (ctypes.c_uint32 * 64)(99)
@@ -29,16 +29,16 @@ def other_version():
 
 
 @pytest.mark.parametrize(
-    ("lent", "why"),
+    ("api", "why"),
     [(None, "no attribute '__dlpack_c_exchange_api__'"), (object(), "PyCapsule"), (other_version, "unknown DLPack")],
     ids=["absent", "foreign", "version"],
 )
-def test_a_torch_that_does_not_lend_its_tensors(monkeypatch, lent, why):
-    """As torch 2.9 does not: one warning that names the torch, and the reference."""
-    if lent is None:
+def test_a_torch_without_the_exchange_api(monkeypatch, api, why):
+    """torch 2.9 has none: there is one warning that names the torch version, and the reference runs."""
+    if api is None:
         monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__")
     else:
-        monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", lent() if callable(lent) else lent)
+        monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", api() if callable(api) else api)
     monkeypatch.delitem(sys.modules, "reparam_kernels.core.cpu", raising=False)
     monkeypatch.delattr(core, "cpu", raising=False)
     forget()
@@ -57,7 +57,7 @@ def test_a_torch_that_does_not_lend_its_tensors(monkeypatch, lent, why):
 
 
 def another_module(folder, source):
-    """A shared library of a few lines of C."""
+    """Compile a shared library of a few lines of C."""
     cc = shutil.which("cc")
     if cc is None:
         pytest.skip("no C compiler")
@@ -70,9 +70,9 @@ BROKEN = {
     "absent": (lambda tmp, whole: None, "No module named 'reparam_kernels._C'"),
     "empty": (lambda tmp, whole: b"", "file too short"),
     "half a header": (lambda tmp, whole: whole[:50], "file too short"),
-    "a header": (lambda tmp, whole: whole[:100], "is cut off"),
-    "half": (lambda tmp, whole: whole[: len(whole) // 2], "is cut off"),
-    "all but a byte": (lambda tmp, whole: whole[:-1], "is cut off"),
+    "a header": (lambda tmp, whole: whole[:100], "is truncated"),
+    "half": (lambda tmp, whole: whole[: len(whole) // 2], "is truncated"),
+    "all but a byte": (lambda tmp, whole: whole[:-1], "is truncated"),
     "garbage": (lambda tmp, whole: b"garbage" * 1000, "invalid ELF header"),
     "another machine's": (lambda tmp, whole: whole[:18] + b"\xf3\0" + whole[20:], "cannot open shared object file"),
     "another library": (
@@ -90,15 +90,15 @@ QUICK = ("absent", "half", "another Python's")
 @linux
 @pytest.mark.parametrize("what", [pytest.param(w, marks=[pytest.mark.slow] * (w not in QUICK)) for w in BROKEN])
 def test_a_broken_extension(tmp_path, what):
-    """One warning that says what is wrong, and the reference; an error where the CPU kernels are forced."""
+    """There is one warning that says what is wrong, and the reference runs; forcing the CPU kernels is an error."""
     from reparam_kernels import _C
 
     made, why = BROKEN[what]
     extension = Path(_C.__file__)
     shutil.copytree(ROOT / "reparam_kernels", tmp_path / "reparam_kernels", ignore=shutil.ignore_patterns("_C*.so"))
-    found = made(tmp_path, extension.read_bytes())
-    if found is not None:
-        (tmp_path / "reparam_kernels" / extension.name).write_bytes(found)
+    content = made(tmp_path, extension.read_bytes())
+    if content is not None:
+        (tmp_path / "reparam_kernels" / extension.name).write_bytes(content)
     code = f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
@@ -157,7 +157,7 @@ def test_an_unknown_instruction_set_is_an_error(asked):
 @pytest.mark.arm
 @pytest.mark.parametrize(("cpu", "isa"), [("Nehalem", "baseline"), ("SandyBridge", "baseline"), ("Haswell", "avx2")])
 def test_the_extension_on_an_older_cpu(cpu, isa):
-    """The module that users import, by itself, under an emulator: what it chooses, refuses and computes."""
+    """The extension alone, under an emulator: what it chooses, refuses and computes."""
     from reparam_kernels import _C
 
     assert shutil.which("qemu-x86_64"), "qemu-x86_64 must be installed (Debian: qemu-user)"
@@ -179,7 +179,7 @@ except ValueError as error:
 @pytest.mark.slow
 @linux
 def test_triton_without_a_cache_folder_to_write_in(tmp_path):
-    """Compiled for a GPU that need not be there; a file stands where the folder would be, which stops root as well."""
+    """Compile for a GPU that need not exist. A file in place of the cache folder stops even root from writing."""
     (tmp_path / "file").touch()
     code = f"""
 import os, torch, reparam_kernels as rk

@@ -1,4 +1,4 @@
-"""The adapters by themselves, against formulas in float64; tests/integrations has them beside the real packages."""
+"""The adapters against formulas in float64; tests/integrations compares them with the real packages."""
 
 import importlib.metadata
 import logging
@@ -29,7 +29,7 @@ def seeded(*seeds):
 
 
 def truth(parameters, oobleck=False, dim=1):
-    """mean, std in float64."""
+    """Return mean and std in float64."""
     mean, x = parameters.double().chunk(2, dim)
     return mean, torch.log1p(x.exp()) + 1e-4 if oobleck else x.clamp(-30, 20).div(2).exp()
 
@@ -124,7 +124,7 @@ def test_philox_has_one_seed_for_each_item():
 @pytest.mark.parametrize("fix_upstream_bugs", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kl_and_nll(backend, shape, fix_upstream_bugs, dtype):
-    """Beyond the clamp too, where the logvar gets no gradient."""
+    """The inputs exceed the clamp too, for which logvar gets no gradient."""
     parameters = moments(shape, dtype, scale=3.0)
     parameters[0, -1, 0] = 25.0
     parameters[1, -1, 0] = -40.0
@@ -167,7 +167,7 @@ def test_kl_and_nll(backend, shape, fix_upstream_bugs, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_kl_of_a_half_posterior_is_in_range(dtype):
-    """At (1, 16, 128, 128) the usual line gives inf in float16, and is more than 1e-4 off in bfloat16."""
+    """At (1, 16, 128, 128) the textbook KL is inf in float16 and has an error above 1e-4 in bfloat16."""
     parameters = torch.randn(1, 32, 128, 128, generator=seeded(0)).to(dtype)
     q = DiagonalGaussianDistribution(parameters)
     want = divergence(*truth(parameters)).sum()
@@ -251,7 +251,7 @@ def test_std_and_var_are_computed_when_read():
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__module__ + c.__name__)
 def test_std_read_without_gradients_keeps_its_own(cls):
-    """A look at std for the log must not cut what sample gives later."""
+    """Reading std without gradients must not detach a later sample."""
     parameters = moments((2, 8, 4, 4)).requires_grad_()
     posterior = cls(parameters)
     with torch.no_grad():
@@ -333,7 +333,7 @@ def test_errors_of_the_constructor(cls):
 
 @pytest.fixture
 def package(monkeypatch):
-    """A package whose modules share a class, and one that it loads later."""
+    """Make a package whose modules share a class, with one module that is loaded later."""
 
     class Theirs:
         pass
@@ -362,7 +362,7 @@ def test_patch_rebinds_lists_and_restores(package, caplog):
     assert package["toy.a"].Theirs is package["toy.a"].Alias is Ours
     assert package["toyish"].Theirs is theirs
     sys.modules["toy.later"] = package["toy.later"]
-    package["toy.later"].Theirs = Ours  # loaded while the patch holds
+    package["toy.later"].Theirs = Ours  # loaded while patched
     try:
         patch.restore()
     finally:

@@ -1,4 +1,4 @@
-"""Strides of every kind are read in place or copied, never misread; inputs and incoming gradients are never written."""
+"""Strides of every kind are read correctly, and inputs and incoming gradients are never written."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("says_where")
 
 
 def strided(shape, kind, seed=0):
-    """The same numbers as a contiguous tensor, laid out otherwise."""
+    """Make a tensor with the same numbers as a contiguous one, in another layout."""
     t = inputs(shape, seed=seed).mu
     if kind == "contiguous":
         return t
@@ -74,7 +74,7 @@ def test_packed_in_packed_gradient_out(backend, dim, event_ndim):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_moments_are_not_copied(monkeypatch, backend, dtype):
-    """No contiguous(), chunk gradient or cat: the kernels see the halves by their strides."""
+    """The kernels see the halves through their strides, without contiguous(), a chunk gradient or cat."""
     moments = torch.randn(3, 8, 5, 7).to(dtype).requires_grad_()
 
     def guarded(copy):
@@ -105,14 +105,14 @@ def test_inputs_and_incoming_gradients_are_unchanged(backend):
 
 
 def test_an_expanded_gradient_is_read_in_place(backend):
-    """z.sum() sends back one number with strides of 0."""
+    """z.sum() gives a gradient of one number with strides of 0."""
     mu, x = inputs((4, 6), requires_grad=True)
     (mu_grad,) = torch.autograd.grad(rk.reparameterize(mu, x, seed=3, sample_shape=(5,)).sum(), mu)
     assert torch.equal(mu_grad, torch.full((4, 6), 5.0))
 
 
 def test_negative_views_are_resolved(backend):
-    """The imaginary part of a conjugate is a view whose memory holds the opposite sign."""
+    """The imaginary part of a conjugate is a view with a lazy negation."""
     base = torch.complex(*inputs((4, 6)))
     negative = base.conj().imag
     assert negative.is_neg()

@@ -1,4 +1,4 @@
-"""rk.losses against loops over plain numbers, and their gradients against what each paper says gets one."""
+"""rk.losses against loops over Python numbers; gradients exist exactly where the papers say."""
 
 import math
 
@@ -41,9 +41,9 @@ def test_the_three_free_bits_differ():
 
 
 def test_free_bits_stop_the_gradient_of_what_is_below_the_floor():
-    def grad(of, floor, event_ndim):
+    def grad(free_bits, floor, event_ndim):
         mu = MU.clone().requires_grad_()
-        of(rk.kl_divergence(mu, LOGVAR, event_ndim=event_ndim), floor).backward()
+        free_bits(rk.kl_divergence(mu, LOGVAR, event_ndim=event_ndim), floor).backward()
         return mu.grad != 0
 
     columns = torch.tensor(KL).mean(0)
@@ -57,7 +57,7 @@ def test_free_bits_stop_the_gradient_of_what_is_below_the_floor():
 
 
 def test_free_bits_per_layer_and_per_group():
-    """Layers of a hierarchy, channels as groups: sum the pixels, then the floor."""
+    """For layers of a hierarchy or channels, the elements of a group are summed before the floor."""
     layers = [torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     got = sum(losses.free_bits_after_mean(kl.sum((1, 2, 3)), 16.5) for kl in layers)
     close(got, sum(max(16.5, sum(kl.flatten().tolist()) / 3) for kl in layers))
@@ -113,7 +113,7 @@ def test_capacity_loss_takes_the_mean_first():
     assert kl.grad.tolist() == [-5.0, -5.0]
 
 
-def test_masked_mean_divides_by_the_mask_s_own_sum():
+def test_masked_mean_divides_by_the_sum_of_the_mask():
     lengths, kl = [3, 5], torch.rand(2, 7, 5, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[t < length for t in range(5)] for length in lengths])[:, None]
     want = sum(kl[b, c, t].item() for b in range(2) for c in range(7) for t in range(lengths[b])) / sum(lengths)

@@ -1,4 +1,4 @@
-"""DiagonalGaussian and GaussianHead: the same ops behind an object and a module."""
+"""DiagonalGaussian and GaussianHead give the results of the ops."""
 
 import copy
 import inspect

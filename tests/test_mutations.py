@@ -1,4 +1,4 @@
-"""The adapters' tests can fail: the noise scaled, the gradient to sigma dropped, the KL scaled, each turns them red."""
+"""The adapters' tests fail if the noise is scaled, the gradient to sigma is dropped, or the KL is scaled."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def oobleck():
 
 
 def both_ways():
-    test_distributions.test_kl_is_registered_both_ways(
+    test_distributions.test_kl_is_registered_with_torch_normal_on_either_side(
         (test_distributions.Normal, torch.distributions.Normal), torch.float32
     )
 
@@ -52,7 +52,7 @@ def draws():
     test_distributions.test_draws_are_normal(torch.float32)
 
 
-def draw_s_gradients():
+def draw_gradients():
     test_distributions.test_gradients_of_a_draw_are_one_and_eps("cpu")
 
 
@@ -66,14 +66,14 @@ def balancing():
         (scaled_noise, sample(DiagonalGaussianDistribution)),
         (scaled_noise, sample(OobleckDiagonalGaussianDistribution)),
         (scaled_noise, test_integrations.test_philox_has_one_seed_for_each_item),
-        (scaled_noise, test_distributions.test_a_draw_is_the_op_s_draw_and_takes_one_seed),
+        (scaled_noise, test_distributions.test_a_draw_matches_the_op_and_takes_one_seed),
         (scaled_noise, draws),
-        (scaled_noise, test_drop_in.test_monte_carlo_kl_has_the_closed_form_s_mean),
+        (scaled_noise, test_drop_in.test_monte_carlo_kl_has_the_closed_form_as_mean),
         (no_gradient_to_sigma, sample(DiagonalGaussianDistribution)),
         (no_gradient_to_sigma, sample(OobleckDiagonalGaussianDistribution)),
         (no_gradient_to_sigma, kl_and_nll),
         (no_gradient_to_sigma, both_ways),
-        (no_gradient_to_sigma, draw_s_gradients),
+        (no_gradient_to_sigma, draw_gradients),
         (no_gradient_to_sigma, balancing),
         (scaled_kl, kl_and_nll),
         (scaled_kl, oobleck),
@@ -82,7 +82,7 @@ def balancing():
         (scaled_kl, balancing),
     ],
 )
-def test_the_op_s_mutants_are_caught(mutation, test, monkeypatch):
+def test_op_mutants_are_caught(mutation, test, monkeypatch):
     torch.manual_seed(0)
     test()
     for module in (latent, diagonal_gaussian):
@@ -93,7 +93,7 @@ def test_the_op_s_mutants_are_caught(mutation, test, monkeypatch):
 
 
 @pytest.mark.parametrize("cls", [DiagonalGaussianDistribution, OobleckDiagonalGaussianDistribution])
-def test_the_torch_noise_s_mutants_are_caught(cls, monkeypatch):
+def test_torch_noise_mutants_are_caught(cls, monkeypatch):
     test = sample(cls, "torch")
     test()
     with monkeypatch.context() as patch:

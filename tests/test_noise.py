@@ -1,4 +1,4 @@
-"""Words, eps bits, eps accuracy and eps statistics, against published vectors, numpy and theory."""
+"""Philox words and the bits, accuracy and statistics of eps, against published vectors, numpy and theory."""
 
 import numpy as np
 import pytest
@@ -43,20 +43,20 @@ def eps_of(seed, count, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_eps_has_the_oracle_s_bits_on_every_instruction_set(isa, seed):
+def test_eps_bits_match_the_oracle_on_every_instruction_set(isa, seed):
     np.testing.assert_array_equal(
         eps_of(seed, 1_000_003).numpy().view(np.int32), oracle.randn(seed, 1_000_003).view(np.int32)
     )
 
 
 @pytest.mark.parametrize("seed", SEEDS[-3:])
-def test_eps_has_the_oracle_s_bits_in_triton(backend, seed):
+def test_eps_bits_match_the_oracle_in_triton(backend, seed):
     count = 1_000_003 if backend == "cpu" else 300_001
     np.testing.assert_array_equal(eps_of(seed, count).numpy().view(np.int32), oracle.randn(seed, count).view(np.int32))
 
 
 def test_eps_is_exact_for_edge_words_in_every_position(isa):
-    """With 0 the largest radius, with 2^32 - 1 the smallest, and the angles at each quarter turn."""
+    """0 gives the largest radius and 2^32 - 1 the smallest; the angles are at each quarter turn."""
     near = EDGES.astype(np.uint64)
     x, y = np.meshgrid(np.concatenate([EDGES, (near * 3 % 2**32).astype(np.uint32)]), EDGES)
     x, y = x.reshape(-1), y.reshape(-1)
@@ -69,10 +69,10 @@ def test_eps_is_exact_for_edge_words_in_every_position(isa):
     assert (np.abs(got[:, 1] - sine) <= 5e-7 * r).all()
 
 
-def test_eps_is_within_the_contract_s_accuracy(isa):
+def test_eps_accuracy(isa):
     rng = np.random.default_rng(0)
     x = rng.integers(0, 2**32, 1_000_000, dtype=np.uint32)
-    x[: 2**16] = np.uint32(2**32 - 1) - np.arange(2**16, dtype=np.uint32)  # u near 1, where the logarithm vanishes
+    x[: 2**16] = np.uint32(2**32 - 1) - np.arange(2**16, dtype=np.uint32)  # u near 1, whose logarithm vanishes
     x[2**16 : 2**17] = np.arange(2**16, dtype=np.uint32)
     y = rng.integers(0, 2**32, 1_000_000, dtype=np.uint32)
     got = np.frombuffer(_C.test_box_muller(x.tobytes(), y.tobytes()), dtype=np.float32).reshape(-1, 2)
@@ -90,8 +90,8 @@ def window(out_ptr, seed_ptr, first_group, BLOCK: tl.constexpr):
 
 
 @pytest.mark.parametrize("first", [2**34 - 6, 2**34 - 1, 2**34, 2**34 + 3, 2**36 + 1])
-def test_eps_has_the_oracle_s_bits_across_the_carry_of_the_counter(isa, first):
-    """Element 2^34 is counter 2^32: what a tensor of that size would hold, without the tensor."""
+def test_eps_bits_match_the_oracle_across_the_counter_carry(isa, first):
+    """Element 2^34 has counter 2^32; no tensor of that size is made."""
     expected = oracle.randn(5, 40, first=first)
     np.testing.assert_array_equal(np.frombuffer(_C.test_eps(5, first, 40), dtype=np.float32), expected)
     out = torch.zeros(64)
@@ -99,11 +99,11 @@ def test_eps_has_the_oracle_s_bits_across_the_carry_of_the_counter(isa, first):
     np.testing.assert_array_equal(out.numpy()[first % 4 :][:40], expected)
 
 
-def test_eps_is_one_for_every_dtype(backend):
+def test_eps_is_the_same_for_every_dtype(backend):
     eps = eps_of(3, 1001)
     assert torch.equal(eps_of(3, 1001, torch.float64), eps.double())
     for dtype, spacing in ((torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)):
-        # the interpreter truncates to bfloat16 where a GPU rounds
+        # the interpreter truncates to bfloat16, and a GPU rounds
         torch.testing.assert_close(eps_of(3, 1001, dtype).float(), eps, rtol=2 * spacing, atol=6e-8)
         if backend == "cpu":
             assert torch.equal(eps_of(3, 1001, dtype), eps.to(dtype))
@@ -117,14 +117,14 @@ def test_reference_noise_is_the_formula():
     np.testing.assert_allclose(noise.numpy(), exact, rtol=1e-12, atol=1e-12)
 
 
-def test_items_with_seeds_of_their_own_are_drawn_alone(backend):
+def test_per_item_seeds_match_separate_draws(backend):
     seeds = torch.tensor([3, 2**40, 3, 0, 77])
     whole = rk.randn(5, 3, 7, seed=seeds)
     for i, seed in enumerate(seeds.tolist()):
         assert torch.equal(whole[i], rk.randn(3, 7, seed=seed))
 
 
-def test_randn_takes_what_torch_s_takes():
+def test_randn_takes_the_arguments_of_torch_randn():
     assert rk.randn((2, 3), seed=1).shape == (2, 3)
     assert rk.randn([2, 3], seed=1).shape == (2, 3)
     assert rk.randn(torch.Size([2, 3]), seed=1).shape == (2, 3)
@@ -138,7 +138,7 @@ def test_randn_takes_what_torch_s_takes():
         rk.randn(3, dtype=torch.int32)
 
 
-def test_manual_seed_and_generators_govern():
+def test_manual_seed_and_generators_control_the_noise():
     torch.manual_seed(5)
     first = rk.randn(10)
     second = rk.randn(10)
@@ -166,7 +166,7 @@ def test_eps_is_normal_by_chi_square(many):
     assert stats.chisquare(np.bincount(cells, minlength=1000)).pvalue > 1e-3
 
 
-def test_eps_has_the_normal_s_moments_to_the_eighth(many):
+def test_eps_has_normal_moments_to_the_eighth(many):
     moment = {0: 1, 2: 1, 4: 3, 6: 15, 8: 105, 10: 945, 12: 10395, 14: 135135, 16: 2027025}
     for k in range(1, 9):
         mean, variance = moment.get(k, 0), moment[2 * k] - moment.get(k, 0) ** 2

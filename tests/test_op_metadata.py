@@ -1,4 +1,4 @@
-"""Each registered op's real outputs have the sizes, strides, dtypes and devices that its fake promises."""
+"""The outputs of each registered op have the sizes, strides, dtypes and devices that its fake promises."""
 
 import math
 
@@ -25,7 +25,7 @@ ASKED = {
 
 
 def forward_arguments(op, leaves, options):
-    """A drawn call as the arguments of the forward op."""
+    """Make the arguments of the forward op from a drawn call."""
     if "mu_p" in leaves:
         options = {**options, "prior": (leaves["mu_p"], leaves["x_p"])}
     inputs = (leaves["moments"], None) if op == "packed" else (leaves["mu"], leaves["x"])
@@ -35,7 +35,7 @@ def forward_arguments(op, leaves, options):
 
 @st.composite
 def op_calls(draw):
-    """An op, and arguments of any layout, option, seed and sample shape."""
+    """Draw an op, and arguments of any layout, option, seed and sample shape."""
     if draw(st.integers(0, 5)) == 0:
         seeds, samples = draw(st.integers(1, 4)), draw(st.integers(0, 3))
         size = [samples, seeds, *draw(st.lists(st.integers(0, 5), max_size=2))]
@@ -70,7 +70,7 @@ def test_real_outputs_are_as_the_fake_says(backend):
 
 
 def plain_if_empty(a):
-    """opcheck itself cannot clone a tensor without elements whose strides are not the usual ones."""
+    """Make an empty tensor contiguous, since opcheck cannot clone one with unusual strides."""
     return a.contiguous() if isinstance(a, torch.Tensor) and a.numel() == 0 else a
 
 
@@ -88,7 +88,7 @@ def test_opcheck_passes_over_any_layout(backend):
 
 
 def test_outputs_of_the_formula_are_contiguous_under_transforms():
-    """z.view must work inside a transform as it does outside."""
+    """z.view must work inside a transform as well as outside."""
 
     @settings(QUIET, max_examples=60 * DEPTH)
     @given(st.data())
@@ -117,7 +117,7 @@ def test_outputs_of_the_formula_are_contiguous_under_transforms():
 
 
 def test_a_gradient_has_the_metadata_of_its_input(backend):
-    """dmu, dx, dmu_p and dx_p by autograd: contiguous, in the shape and the dtype of what they belong to."""
+    """dmu, dx, dmu_p and dx_p are contiguous and have the shape and dtype of their inputs."""
 
     @settings(QUIET, max_examples=DEPTH * (100 if backend == "cpu" else 20))
     @given(calls())
@@ -125,8 +125,8 @@ def test_a_gradient_has_the_metadata_of_its_input(backend):
         op, leaves, options, dz, dkl = drawn
         tensors = {n: t.detach().requires_grad_() for n, t in leaves.items() if isinstance(t, torch.Tensor)}
         call, _ = forward_arguments(op, {**leaves, **tensors}, options)
-        found = LATENT.gradients(call, (dz, dkl), [t is not None for t in call[:4]])
-        for grad, like in zip(found, call[:4], strict=True):
+        grads = LATENT.gradients(call, (dz, dkl), [t is not None for t in call[:4]])
+        for grad, like in zip(grads, call[:4], strict=True):
             if grad is not None and like is not None:
                 assert (grad.shape, grad.dtype, grad.device) == (like.shape, like.dtype, like.device)
                 assert grad.is_contiguous()

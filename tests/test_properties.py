@@ -1,7 +1,7 @@
-"""Hypothesis: any op, shape, layout, dtype and option, the kernels against the formula in float64.
+"""Hypothesis tests of the kernels against the formula in float64, for any op, shape, layout, dtype and option.
 
-The bound on each error: twice that of plain torch, the textbook line in the arithmetic's dtype, on the same input; at
-least a few units in the last place of what was added up, which may cancel. Half dtypes round once more, at the end.
+An error may be twice that of the textbook formula in plain torch, in the dtype of the arithmetic, on the same input. A
+few units in the last place of the added terms, which may cancel, are always allowed. Half dtypes round once more.
 """
 
 import math
@@ -21,7 +21,7 @@ from tests.conftest import forget, use_backend
 
 pytestmark = pytest.mark.usefixtures("says_where")
 
-DEPTH = int(os.environ.get("FUZZ_DEPTH", "1"))  # how many times as many examples; above 1, drawn from --hypothesis-seed
+DEPTH = int(os.environ.get("FUZZ_DEPTH", "1"))  # factor on the examples; above 1 they follow --hypothesis-seed
 QUIET = settings(
     deadline=None, derandomize=DEPTH == 1, print_blob=DEPTH > 1, database=None, suppress_health_check=list(HealthCheck)
 )
@@ -37,8 +37,7 @@ shapes = st.one_of(*[small] * 7, across_pieces)
 
 @st.composite
 def laid_out(draw, shape, dtype, positive=False):
-    """A tensor of the given shape, somewhere in a larger buffer, its dims in any order in memory, some of them held
-    once."""
+    """Draw a tensor inside a larger buffer, with its dims in any order in memory and some of them with stride 0."""
     order = draw(st.permutations(range(len(shape))))
     step = draw(st.lists(st.sampled_from([0, 1, 1, 1, 2, 3]), min_size=len(shape), max_size=len(shape)))
     scale = draw(st.sampled_from([1e-4, 1e-2, 0.1, 1.0, 3.0, 10.0]))
@@ -55,7 +54,7 @@ def laid_out(draw, shape, dtype, positive=False):
 
 @st.composite
 def calls(draw):
-    """The op's name, its leaves, its options, and dz and dkl."""
+    """Draw an op's name, its leaves, its options, and dz and dkl."""
     op = draw(st.sampled_from(["reparameterize", "kl_divergence", "reparameterize_kl", "packed"]))
     shape, dtype, param = draw(shapes), draw(st.sampled_from(DTYPES)), draw(st.sampled_from(PARAMS))
     options = {"param": param}
@@ -93,7 +92,7 @@ def calls(draw):
         elif prior == "tensors":
             for name, positive in (("mu_p", False), ("x_p", param == "std")):
                 own = shape
-                if op != "packed":  # where the user expands it, autograd sums its gradient, in the dtype of mu
+                if op != "packed":  # if the user expands it, autograd sums its gradient in the dtype of mu
                     own = tuple(draw(st.sampled_from([1, n])) for n in shape[draw(st.integers(0, len(shape))) :])
                 leaves[name] = draw(laid_out(own, dtype, positive))
     dz = None if op == "kl_divergence" else draw(laid_out(samples + shape, dtype))
@@ -103,7 +102,7 @@ def calls(draw):
 
 
 def run(op, leaves, options):
-    """(z, kl) by the public function."""
+    """Return (z, kl) of the public function."""
     options = dict(options)
     if "mu_p" in leaves:
         options["prior"] = (leaves["mu_p"], leaves["x_p"])
@@ -114,12 +113,12 @@ def run(op, leaves, options):
             own = {name: value for name, value in options.items() if name != "clamp"}
             prior = rk.DiagonalGaussian(*prior, **own)
         return q.rsample_kl(prior, **draw)
-    found = getattr(rk, op)(leaves["mu"], leaves["x"], **options)
-    return {"reparameterize": (found, None), "kl_divergence": (None, found)}.get(op, found)
+    outputs = getattr(rk, op)(leaves["mu"], leaves["x"], **options)
+    return {"reparameterize": (outputs, None), "kl_divergence": (None, outputs)}.get(op, outputs)
 
 
 def textbook(mu, x, prior, eps, options):
-    """z and kl by the usual lines, in the dtype of mu: plain torch."""
+    """Compute z and kl by the textbook formulas in plain torch, in the dtype of mu."""
     param, min_std = options["param"], options.get("min_std", 0.0)
 
     def scale(t):
@@ -141,15 +140,15 @@ def textbook(mu, x, prior, eps, options):
 
 
 def terms(mu, x, prior, eps, dz, dkl, options, slack):
-    """The sizes of what is added up to z, kl and each gradient, in float64. slack: how much of the units that cancel in
-    expm1(d) - d, and of the rounding of d, counts: all in float64, where both sides take the formula as it stands; else
-    what the truth's own rounding needs."""
+    """Return the sizes of the terms of z, kl and each gradient, in float64. slack is the part that counts of the terms
+    that cancel in expm1(d) - d and of the rounding of d: all for float64, in which both sides evaluate the textbook
+    formula, else what the rounding of the truth needs."""
     param, min_std = options["param"], options.get("min_std", 0.0)
     low, high = options.get("clamp", (-math.inf, math.inf))
     inside, x = (x >= low) & (x <= high), x.clamp(low, high)
 
     def scale(t):
-        """sigma, and d log sigma / dt."""
+        """Return sigma and d log sigma / dt."""
         sigma = sigma_of(t, param, min_std)
         slope = {"logvar": torch.full_like(t, 0.5), "logstd": torch.ones_like(t)}.get(param)
         return sigma, slope if slope is not None else (1 if param == "std" else t.sigmoid()) / sigma
@@ -186,15 +185,15 @@ def terms(mu, x, prior, eps, dz, dkl, options, slack):
 
 
 def excess(got, want, plain, size, few, arithmetic, overflows):
-    """The largest error as a part of its bound. overflows: exp(d) or delta^2 is beyond float32, and so may be what they
-    are multiplied into."""
+    """Return the largest error relative to its bound. overflows: exp(d) or delta^2 exceeds float32, and so may products
+    with them."""
     if got.numel() == 0:
         return 0.0
     info = torch.finfo(got.dtype)
     got, plain = got.double(), plain.double()
     bound = few * UNIT[arithmetic] * size
     bound = torch.maximum(bound, 2 * (plain - want).abs().nan_to_num(0.0, posinf=0.0))
-    if info.bits == 16:  # the last rounding, which Triton's interpreter does by cutting off bfloat16
+    if info.bits == 16:  # the last rounding; Triton's interpreter truncates to bfloat16
         bound = bound + want.abs() * info.eps
     bound = bound + 2 * info.tiny * info.eps
     same = (got == want) | (got.isnan() & want.isnan())
@@ -210,12 +209,12 @@ def gradients(outputs, incoming, leaves):
 
 
 def check(call):
-    """Each result's largest error as a part of its bound."""
+    """Return each result's largest error relative to its bound."""
     op, leaves, options, dz, dkl = call
     tensors = {name: t.detach().requires_grad_() for name, t in leaves.items() if name != "dim"}
     z, kl = run(op, {**leaves, **tensors}, options)
-    found = gradients((z, kl), (dz, dkl), tensors)
-    got = {"z": z, "kl": kl, **dict(zip(tensors, found, strict=True))}
+    grads = gradients((z, kl), (dz, dkl), tensors)
+    got = {"z": z, "kl": kl, **dict(zip(tensors, grads, strict=True))}
     eps = None
     if z is not None:
         eps = options.get("eps")
@@ -224,7 +223,7 @@ def check(call):
     arithmetic = compute_dtype(dtype)
 
     def by(function, to):
-        """z, kl and the gradients of a formula, in another dtype."""
+        """Compute z, kl and the gradients by a formula in another dtype."""
         own = {name: t.detach().to(to).requires_grad_() for name, t in tensors.items()}
         mu, x = own["moments"].chunk(2, leaves["dim"]) if op == "packed" else (own["mu"], own["x"])
         prior = (own["mu_p"], own["x_p"]) if "mu_p" in own else options.get("prior")
@@ -254,7 +253,7 @@ def check(call):
 
 
 def formula(mu, x, prior, eps, options):
-    """z and kl by the reference."""
+    """Compute z and kl by the reference."""
     names = ("param", "min_std", "clamp", "event_ndim", "sample_shape")
     own = {name: options[name] for name in names if name in options}
     if eps is None:

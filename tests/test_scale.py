@@ -1,7 +1,7 @@
-"""More than 2^31 elements, bytes and rows on the CPU: right on both sides of every place where a 32-bit index wraps.
+"""More than 2^31 elements, bytes and rows on the CPU are correct on both sides of every wrap of a 32-bit index.
 
-Each test runs in a process of its own, whose peak of memory is reported. Operands repeat with periods that are prime,
-so that an index wrapped at a power of two meets another number; windows are held against float64 and tests/oracle.py.
+Each test runs in its own process, whose peak memory is reported. Operands repeat with prime periods, so that an index
+that wraps at a power of two reads another number; windows are compared with float64 and tests/oracle.py.
 """
 
 import sys
@@ -33,7 +33,7 @@ def kibibytes(file, field):
 
 
 def alone(test, record, needs):
-    """Runs test in a fresh process, and records and bounds its peak; `needs` is in GB."""
+    """Run a test in a fresh process, and record and bound its peak memory; `needs` is in GB."""
     if kibibytes("meminfo", "MemAvailable") * 1024 < (needs + 1) * 1e9:
         pytest.skip(f"needs {needs} GB of free memory")
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
@@ -43,7 +43,7 @@ def alone(test, record, needs):
 
 
 def measured(test):
-    """VmHWM, since getrusage's maximum is inherited through exec."""
+    """Run a test and return VmHWM in bytes, since getrusage's maximum is inherited through exec."""
     cpu.empty = unwritten
     test()
     return kibibytes("self/status", "VmHWM") * 1024
@@ -58,7 +58,7 @@ def assert_written(t):
 
 
 def repeated(pattern, n, dtype=torch.bfloat16):
-    """The pattern over and over, without a temporary."""
+    """Repeat a pattern without a temporary."""
     out = torch.empty(n, dtype=dtype)
     whole = n // len(pattern)
     out[: whole * len(pattern)].view(whole, -1).copy_(pattern)
@@ -99,7 +99,7 @@ def one_row():
 
 
 def test_one_row_of_more_than_two_to_the_31(record_property):
-    """Forward, then backward with an expanded dz; mu, logvar and both gradients are 4.3 GB each."""
+    """Forward and backward with an expanded dz; mu, logvar and both gradients are 4.3 GB each."""
     alone(one_row, record_property, 18)
 
 
@@ -169,9 +169,9 @@ def test_noise_of_more_than_two_to_the_31(record_property):
 
 
 def far_apart():
-    base = torch.empty(2**33, dtype=torch.bfloat16)  # pages that nobody touches take no memory
+    base = torch.empty(2**33, dtype=torch.bfloat16)  # untouched pages take no memory
     wide = (torch.arange(6).view(3, 2) / 8).double()
-    for inner in (2**30 + 2, 2**30 - 2):  # one dim after merging, and two
+    for inner in (2**30 + 2, 2**30 - 2):  # one dim after merging, or two
         mu = base.as_strided((3, 2), (2**31 + 4, inner))
         mu.copy_(wide)
         z, kl = rk.reparameterize_kl(mu, mu, seed=3)

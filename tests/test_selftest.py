@@ -1,4 +1,4 @@
-"""The self-test passes where the backend is right, and names what is wrong where it is not."""
+"""The self-test passes if the backend is correct, and names what is wrong if it is not."""
 
 import os
 import subprocess
@@ -51,10 +51,10 @@ def test_a_wrong_gradient_and_a_wrong_z_are_found(monkeypatch):
         return z + x * 1e-3, kl
 
     monkeypatch.setattr(rk, "reparameterize_kl", wrong)
-    found = {r.name: r for r in selftest.run(CPU)}
-    assert found["z"].verdict == found["gradients"].verdict == "FAILED"
-    assert "other bits" in found["z"].detail
-    assert "dx" in found["gradients"].detail
+    by_check = {r.name: r for r in selftest.run(CPU)}
+    assert by_check["z"].verdict == by_check["gradients"].verdict == "FAILED"
+    assert "other bits" in by_check["z"].detail
+    assert "dx" in by_check["gradients"].detail
 
 
 def test_a_wrong_square_root_is_found(monkeypatch):
@@ -74,7 +74,7 @@ def test_a_wrong_square_root_is_found(monkeypatch):
 
 
 def test_no_launch_lets_the_compiler_contract(monkeypatch):
-    """Rounding is part of docs/contract.md, in the self-test's own kernels too."""
+    """Contraction would change the bits, also in the kernels of the self-test."""
     launched = []
     real = interpreter.GridExecutor.__call__
 

@@ -1,4 +1,4 @@
-"""What is shipped and made of what: the wheel and the sdist, the pinned dependencies, files that run no code."""
+"""The wheel and the sdist, the pinned dependencies, and files that must not run code."""
 
 import base64
 import hashlib
@@ -27,7 +27,7 @@ from tests.test_backends import python
 
 ROOT = Path(__file__).parent.parent
 EXTENSION = "reparam_kernels/_C" + sysconfig.get_config_var("EXT_SUFFIX")
-# Python's own audit refuses every socket, also those that C code opens through it.
+# A Python audit hook refuses every socket, also those that C code opens through Python.
 OFFLINE = """
 import sys
 
@@ -58,7 +58,7 @@ def test_every_subpackage_and_data_file_is_in_the_wheel():
 
 
 class Built:
-    """The sdist and the wheel of a folder with the tracked files alone, and the wheel of the unpacked sdist."""
+    """Builds the sdist and the wheel from only the tracked files, and the wheel of the unpacked sdist."""
 
     def __init__(self, folder):
         done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
@@ -121,7 +121,7 @@ def test_the_wheel_says_what_pyproject_says(built):
 
 
 @pytest.mark.slow
-def test_the_record_has_each_file_s_hash(built):
+def test_the_record_hashes_each_file(built):
     files = built.files(built.wheel)
     record = f"{built.name}.dist-info/RECORD"
     lines = files.pop(record).decode().split()
@@ -134,7 +134,7 @@ def test_the_record_has_each_file_s_hash(built):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("readelf"), reason="readelf lists what a library asks for")
-def test_the_extension_needs_the_system_s_libraries_alone(built, tmp_path):
+def test_the_extension_needs_only_system_libraries(built, tmp_path):
     (tmp_path / "_C.so").write_bytes(built.files(built.wheel)[EXTENSION])
     done = subprocess.run(
         ["readelf", "-dW", tmp_path / "_C.so"], check=True, capture_output=True, text=True, env={"LC_ALL": "C"}
@@ -166,7 +166,7 @@ def test_the_sdist_holds_what_a_build_and_the_tests_need(built):
 
 @pytest.mark.slow
 def test_the_wheel_of_the_sdist_is_the_same(built):
-    """To the byte, and so it does not depend on the folder either."""
+    """The wheels are equal to the byte, so they do not depend on the folder either."""
     wheel, again = built.files(built.wheel), built.files(built.again)
     assert set(wheel) == set(again)
     assert [name for name in wheel if wheel[name] != again[name]] == []
@@ -176,7 +176,7 @@ def test_the_wheel_of_the_sdist_is_the_same(built):
 
 
 def pins():
-    """Each entry of requirements.txt, and its hashes."""
+    """Return each entry of requirements.txt with its hashes."""
     for line in (ROOT / "requirements.txt").read_text().replace("\\\n", "").splitlines():
         if line and not line.startswith(("#", "--only-binary :all:")):
             text, *hashes = line.split("--hash=")
@@ -184,7 +184,7 @@ def pins():
 
 
 def pinned(requirement, environment):
-    """The one version that requirements.txt names for it there."""
+    """Return the one version that requirements.txt pins for a requirement in an environment."""
     versions = [
         pin.specifier
         for pin, _ in pins()
@@ -225,18 +225,18 @@ def test_what_pyproject_asks_for_is_pinned(system, version):
         *extras["test"],
         *extras["examples"],
     ]
-    found = set()
+    names = set()
     for requirement in map(Requirement, asked):
         applies = requirement.marker is None or requirement.marker.evaluate(environment)
         if applies and requirement.name != "torch":
             assert pinned(requirement, environment) in requirement.specifier, requirement
-            found.add(requirement.name)
-    assert {"numpy", "pytest", "setuptools", "pybind11"} <= found
-    assert ("triton" in found) == (system == "Linux")
+            names.add(requirement.name)
+    assert {"numpy", "pytest", "setuptools", "pybind11"} <= names
+    assert ("triton" in names) == (system == "Linux")
 
 
 def test_what_every_build_of_torch_asks_for_is_pinned():
-    """The CUDA build's other requirements have markers."""
+    """The other requirements of the CUDA build have markers."""
     asked = [r for r in map(Requirement, importlib.metadata.requires("torch")) if r.marker is None]
     assert len(asked) > 4
     for requirement in asked:
@@ -262,7 +262,7 @@ def test_make_installs_the_pins_and_one_torch():
 
 
 class Evil:
-    """Leaves a file behind where it is unpickled."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path

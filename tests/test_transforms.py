@@ -1,4 +1,4 @@
-"""Autograd beyond the first derivative, and torch.func: against autograd of the same formula written in plain torch."""
+"""Higher derivatives and torch.func match autograd of the same formula in plain torch."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def eps_of(shape):
 
 
 def truth(mu, x):
-    """CASES["both"] in three lines of plain torch."""
+    """Compute CASES["both"] in plain torch."""
     z = mu + torch.exp(x / 2) * eps_of(mu.shape).to(mu.dtype)
     return z.square().sum(-1) + (mu**2 + torch.expm1(x) - x).sum(-1) / 2
 
@@ -89,7 +89,7 @@ def test_many_gradients_at_once():
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_only_one_input_learns(which):
+def test_gradient_to_one_input_only(which):
     leaves = inputs(3, 4)
     leaves[which].requires_grad_()
     (got,) = torch.autograd.grad(CASES["both"](*leaves).sum(), leaves[which])
@@ -97,7 +97,7 @@ def test_only_one_input_learns(which):
     torch.testing.assert_close(got, want)
 
 
-def test_no_zero_is_made_up_for_the_output_that_is_not_used(monkeypatch):
+def test_unused_outputs_get_no_zero_gradient(monkeypatch):
     from reparam_kernels.ops.latent import cpu
 
     seen = []
@@ -165,7 +165,7 @@ def test_nested_vmap():
     torch.testing.assert_close(vmap(vmap(CASES["both"]))(mu, x), want)
 
 
-def test_vmap_s_randomness():
+def test_vmap_randomness():
     mu = torch.zeros(3, 2, 500)
     with pytest.raises(RuntimeError, match="randomness"):
         vmap(rk.reparameterize)(mu, mu)

@@ -1,4 +1,4 @@
-"""examples/why_reparameterize.py: its closed forms, what it measures against them, what it counts and draws."""
+"""examples/why_reparameterize.py: its closed forms, measurements, counts and pictures."""
 
 import re
 import subprocess
@@ -24,7 +24,7 @@ PICTURES = {"paths", "spread", "descent", "elbo", "gradient_variance", "memory",
 # ---- the graph
 
 
-def test_graph_ends_where_autograd_s_does():
+def test_graph_ends_at_the_autograd_leaves():
     mu, sigma = (torch.ones(2, requires_grad=True) for _ in range(2))
     assert graph(Normal(mu, sigma).sample()) == "no grad_fn: nothing leads back from here"
     plain = graph(mu + sigma * torch.randn(2), mu=mu, sigma=sigma)
@@ -47,7 +47,7 @@ PLACES = [(2.0, 1.0), (0.0, 1.0), (-1.5, 0.5), (0.7, 3.0)]
 
 
 def formulas(name, mu, sigma, eps):
-    """One sample's gradient in mu and in sigma, written out."""
+    """Return one sample's gradient in mu and in sigma, written out."""
     x = mu + sigma * eps
     if name == "pathwise":
         return 2 * x, 2 * x * eps
@@ -57,7 +57,7 @@ def formulas(name, mu, sigma, eps):
 @pytest.mark.parametrize("name", estimators.ESTIMATORS)
 @pytest.mark.parametrize(("mu", "sigma"), PLACES)
 def test_closed_forms_are_the_integrals(name, mu, sigma):
-    """Gauss-Hermite quadrature of 20 nodes is exact for these polynomials."""
+    """Gauss-Hermite quadrature with 20 nodes is exact for these polynomials."""
     eps, weight = np.polynomial.hermite_e.hermegauss(20)
     weight = weight / weight.sum()
     for which, g in enumerate(formulas(name, mu, sigma, eps)):
@@ -84,7 +84,7 @@ def test_autograd_gives_the_formulas(name):
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("name", estimators.ESTIMATORS)
 def test_measured_spread_agrees_with_the_closed_form_within_its_error(name, which, n):
-    """Four standard errors, which are small enough to tell: a closed form off by a tenth would not pass."""
+    """The tolerance of four standard errors is small enough that a closed form with an error of 10 % would fail."""
     measured = estimators.measure(name, which, 2.0, 1.0, n, 600_000 // n, seed=5)
     closed = estimators.VARIANCES[name][which](2.0, 1.0) / n
     assert abs(measured.mean - 2 * (2.0, 1.0)[which]) < 4 * measured.mean_error
@@ -94,7 +94,7 @@ def test_measured_spread_agrees_with_the_closed_form_within_its_error(name, whic
 
 @pytest.mark.parametrize("name", estimators.ESTIMATORS)
 def test_descent_follows_the_mean_that_an_unbiased_gradient_gives(name):
-    """In mu the mean shrinks by 1 - 2 lr a step, whatever the variance."""
+    """The mean of mu shrinks by 1 - 2 lr per step, whatever the variance."""
     path = estimators.descend(name, 0, (2.0, 1.0), 0.01, 40, 4000)
     for step in (1, 10, 40):
         at = path[step]
@@ -110,7 +110,7 @@ def test_descent_follows_the_mean_that_an_unbiased_gradient_gives(name):
 
 @pytest.fixture(scope="module")
 def small():
-    """A model of few weights, away from its start, and a few images of four pixels."""
+    """Make a small model with perturbed weights, and a few images of four pixels."""
     torch.manual_seed(0)
     model = VAE(pixels=4, latent=2, hidden=3).double()
     for p in model.parameters():
@@ -118,7 +118,7 @@ def small():
     return model, torch.rand(5, 4, dtype=torch.float64)
 
 
-def test_estimators_share_the_terms_the_decoder_s_gradient_and_the_kl_s(small):
+def test_estimators_share_terms_decoder_gradient_and_kl_gradient(small):
     vae, x = small
     want = vae(x, 7)
     decoder = list(vae.decoder.parameters())
@@ -154,7 +154,7 @@ def test_estimators_have_one_mean_and_spreads_in_order(small):
 
 
 def test_training_on_digits_tells_the_estimators_apart():
-    """Ten times and more between neighbours at the same weights, after two epochs; and the pathwise run is ahead."""
+    """After two epochs the variances differ by a factor of ten or more at the same weights, and pathwise leads."""
     rows = digits.compare(load(), epochs=3, seeds=1, hidden=32)
     last = {row["estimator"]: row for row in rows if row["epoch"] == 3}
     assert [row["step"] for row in rows[:3]] == [0, 23, 46]
@@ -168,8 +168,8 @@ def test_training_on_digits_tells_the_estimators_apart():
 
 
 def test_eager_keeps_three_words_and_ours_a_seed():
-    found, why = memory.compare(compiler=False, shape=(64, 256))
-    eager, ours = found["eager"], found["ours"]
+    counted_by_provider, why = memory.compare(compiler=False, shape=(64, 256))
+    eager, ours = counted_by_provider["eager"], counted_by_provider["ours"]
     assert eager.kept == {"sigma": 1.0, "eps": 1.0, "sigma²": 1.0}
     assert ours.kept == {"seed": 8 / (64 * 256 * 4)}
     row = 1 / 256  # the KL
@@ -189,8 +189,8 @@ def test_a_compiler_that_fails_is_left_out_with_its_reason(monkeypatch):
         raise RuntimeError("no C++ compiler\nand more")
 
     monkeypatch.setattr(providers, "compiled", fails)
-    found, why = memory.compare(shape=(8, 8))
-    assert list(found) == ["eager", "ours"]
+    counted_by_provider, why = memory.compare(shape=(8, 8))
+    assert list(counted_by_provider) == ["eager", "ours"]
     assert why == "torch.compile is left out: no C++ compiler"
 
 
@@ -223,8 +223,8 @@ import re, torch
 from torch._inductor.utils import run_and_get_code
 from bench import providers
 from examples.why import memory
-found, why = memory.compare()
-c = found["torch.compile"]
+counted, why = memory.compare()
+c = counted["torch.compile"]
 print(why, c.kept, round(c.forward, 1), round(c.backward, 1))
 op = providers.OPS["latent"]
 leaves = op.inputs((8, 256), torch.float32, "cpu")
@@ -240,8 +240,8 @@ print([len(re.findall(r"async_compile.cpp_pybinding", code)) for code in codes])
 # ---- digits of the KL
 
 
-def test_precision_s_truth_is_the_series():
-    """Against the KL's power series, near collapse, and against long doubles, away from it."""
+def test_precision_truth_matches_the_series():
+    """The truth matches the KL's power series near collapse, and long doubles elsewhere."""
 
     def series(mu, logvar):
         m, v = mu.double(), logvar.double()

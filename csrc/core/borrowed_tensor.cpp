@@ -10,8 +10,8 @@ namespace {
 const dlpack::ExchangeApi* exchange = nullptr;
 PyObject *tensor_type = nullptr, *parameter_type = nullptr;
 
-// The most elements of a tensor, and its widest span; beyond it the arithmetic of the kernels would overflow.
-constexpr int64_t kMost = (int64_t)1 << 62;
+// The limit on a tensor's elements and on its span. Beyond it, the arithmetic of the kernels would overflow.
+constexpr int64_t kMaxSpan = (int64_t)1 << 62;
 
 // A view may claim any size through strides of 0, and an empty one may have any strides. An empty dim counts as one, so
 // that the product of any of the dims stays in bounds.
@@ -21,9 +21,9 @@ bool extent_is_valid(const dlpack::Tensor& t) {
     const int64_t size = t.shape[i], steps = size > 1 ? size - 1 : 0;
     int64_t reach;
     if (size < 0) return false;
-    if (__builtin_mul_overflow(n, steps + 1, &n) || n > kMost) return false;
-    if (__builtin_mul_overflow(steps, t.strides[i], &reach) || reach <= -kMost || reach >= kMost) return false;
-    if ((span += reach < 0 ? -reach : reach) >= kMost) return false;
+    if (__builtin_mul_overflow(n, steps + 1, &n) || n > kMaxSpan) return false;
+    if (__builtin_mul_overflow(steps, t.strides[i], &reach) || reach <= -kMaxSpan || reach >= kMaxSpan) return false;
+    if ((span += reach < 0 ? -reach : reach) >= kMaxSpan) return false;
   }
   return true;
 }
@@ -46,7 +46,7 @@ BorrowedTensor::BorrowedTensor(const char* argument, py::handle object) {
   if (object.is_none()) return;
   name = argument;
   PyObject* type = (PyObject*)Py_TYPE(object.ptr());
-  if (type != tensor_type && type != parameter_type) throw_invalid(name);  // true of all until a type is bound
+  if (type != tensor_type && type != parameter_type) throw_invalid(name);  // always, until a type is bound
   if (exchange->borrow(object.ptr(), &t) != 0) {
     PyErr_Clear();  // meta and sparse tensors, among others
     throw_invalid(name);
@@ -79,7 +79,7 @@ bool BorrowedTensor::same_sizes(int from, const BorrowedTensor& other, int other
   return true;
 }
 
-// Drops dims of size 1 and merges neighbours.
+// Drops dims of size 1 and merges neighbouring dims.
 Operand BorrowedTensor::operand() const {
   Operand o;
   if (!name) return o;

@@ -1,5 +1,5 @@
 // A tensor of Python, read through DLPack for the length of a call, and the checks that make it safe to read. A check
-// that fails throws InvalidArgument, which names the argument and says no more: core/cpu.py explains it.
+// that fails throws InvalidArgument, which only names the argument; core/cpu.py of the package adds the reason.
 #pragma once
 #include <pybind11/pybind11.h>
 

@@ -1,4 +1,4 @@
-// How a call is cut into chunks: the unit of work of a thread, and of summation.
+// Cuts a call into chunks, the units of work and of summation.
 #pragma once
 #include <cstdint>
 
@@ -35,7 +35,7 @@ struct Chunks {
   }
 };
 
-constexpr int kSlack = 260;  // fill_eps writes up to so many elements more than a chunk
+constexpr int kSlack = 260;  // fill_eps writes up to this many elements more than a chunk
 
 // A buffer on the stack for one chunk.
 template <class C>

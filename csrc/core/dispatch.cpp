@@ -26,8 +26,8 @@ int best_level() { return 0; }
 
 std::atomic<int> level{best_level()};
 
-// The least number of elements that are worth starting a thread for.
-constexpr int64_t kPerThread = 16384;
+// Minimum elements per thread that are worth its start-up cost.
+constexpr int64_t kMinPerThread = 16384;
 
 #ifdef _OPENMP
 // After a fork the child has no worker threads, and OpenMP would wait for them forever.
@@ -36,7 +36,7 @@ const int watch_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 int useful_threads(int64_t count, int64_t elements, int threads) {
   if (forked || omp_in_parallel()) return 1;
-  return (int)std::max<int64_t>(1, std::min({(int64_t)threads, elements / kPerThread, count}));
+  return (int)std::max<int64_t>(1, std::min({(int64_t)threads, elements / kMinPerThread, count}));
 }
 #endif
 

@@ -10,9 +10,9 @@ namespace reparam {
 
 std::vector<std::string> available_isas();  // the instruction sets that this CPU can run, best first
 std::string isa();                          // the one in use: the best, until set_isa() says otherwise
-bool set_isa(const std::string& name);      // false, and nothing happens, if it is not available
+bool set_isa(const std::string& name);      // returns false and does nothing if it is not available
 bool has_openmp();
-int isa_level();  // its place among the tables of REPARAM_OP
+int isa_level();  // its index in the tables of REPARAM_OP
 
 // REPARAM_OP(Table, name) stands in an op's header. It declares the op's table of functions, compiled once for each
 // instruction set, and name(), the table of the instruction set in use. The op's file defines REPARAM_ISA::name.
@@ -35,12 +35,12 @@ int isa_level();  // its place among the tables of REPARAM_OP
   REPARAM_INLINE const Table& name() { return REPARAM_ISA::name; }
 #endif
 
-// Calls body(context, first, last) on ranges that together are [0, count), on as many threads as `elements` of work
-// deserve, at most `threads`.
+// Calls body(context, first, last) on ranges that together are [0, count), on at most `threads` threads, fewer if
+// `elements` are not worth their start-up.
 void parallel_ranges(int64_t count, int64_t elements, int threads, void (*body)(const void* context, int64_t, int64_t),
                      const void* context);
 
-// An array of `count` numbers; none, and a null pointer, if count is 0. May throw std::bad_alloc.
+// An array of `count` numbers, or a null pointer if count is 0. May throw std::bad_alloc.
 class HeapArray {
  public:
   explicit HeapArray(int64_t count);

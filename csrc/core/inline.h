@@ -1,4 +1,4 @@
-// What every header that a kernel uses starts from.
+// The base of every header that a kernel uses.
 #pragma once
 
 // A file in ops/ is compiled once for each instruction set. If an inline function had external linkage, the linker

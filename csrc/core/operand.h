@@ -1,4 +1,4 @@
-// A tensor as the kernels read and write it: in logical row-major order, whatever its strides.
+// A tensor that the kernels read and write in logical row-major order, whatever its strides.
 #pragma once
 #include "core/half.h"
 
@@ -76,7 +76,7 @@ inline bool in_place(const Operand& t) {
   return t.dtype == kDtype<C> && t.ndim == 1 && t.stride[0] == 1;
 }
 
-// Elements [first, first + n), in place or converted into `buffer`.
+// Returns elements [first, first + n), in place or converted into `buffer`.
 template <class C>
 inline const C* load(const Operand& t, int64_t first, int n, C* buffer) {
   if (in_place<C>(t)) return (const C*)t.data + first;
@@ -96,7 +96,7 @@ inline const C* load(const Operand& t, int64_t first, int n, C* buffer) {
   return buffer;
 }
 
-// Where to write the elements from `first` on: in place, or into `buffer`, from which store() converts them.
+// Returns where to write the elements from `first` on: in place, or in `buffer`, from which store() converts them.
 template <class C>
 inline C* target(const Operand& t, int64_t first, C* buffer) {
   return in_place<C>(t) ? (C*)t.data + first : buffer;

@@ -1,4 +1,4 @@
-// Sums in an order that the shape alone fixes.
+// Sums whose order depends only on the shape.
 #pragma once
 #include <cstring>
 
@@ -9,7 +9,7 @@ namespace {
 
 typedef double Four __attribute__((vector_size(32)));
 
-// Eight numbers as four pair sums, in float64.
+// Adds eight numbers to four pair sums, in float64.
 template <class C>
 REPARAM_INLINE Four pair_sums(const C* k) {
   typedef C Quad __attribute__((vector_size(4 * sizeof(C))));
@@ -19,8 +19,8 @@ REPARAM_INLINE Four pair_sums(const C* k) {
   return __builtin_convertvector(a + b, Four);
 }
 
-// The sum of n numbers in an order that n alone fixes: pairs, then eight interleaved float64 sums, then a tree over
-// them, then the rest one by one.
+// Adds n numbers in an order that depends only on n: pairs, then eight interleaved float64 sums, then a tree over them,
+// then the rest one by one.
 template <class C>
 REPARAM_INLINE double ordered_sum(const C* k, int n) {
   double sum = 0;
@@ -43,7 +43,7 @@ REPARAM_INLINE double ordered_sum(const C* k, int n) {
   return sum + tail;
 }
 
-// Each row's sum, if rows are longer than a chunk: the sums of its chunks, added in order.
+// Sums rows that are longer than a chunk, by adding the sums of their chunks in order.
 template <class C>
 inline void sum_partials(const double* partials, const Chunks& chunks, C* sums) {
   for (int64_t row = 0; row < chunks.rows; ++row) {

@@ -1,5 +1,5 @@
 // Elementary functions in IEEE add, mul, fma, div and sqrt, in one fixed order, so that every instruction set and the
-// Triton kernels, which use the same names, give the same bits. float64 calls the C library.
+// Triton kernels, which use the same names, give the same bits. The float64 versions call the C library.
 #pragma once
 #include <cstdint>
 
@@ -11,13 +11,13 @@ namespace {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 REPARAM_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 #else
-// For CPUs without the instruction. a * b is exact in float64. The sum is rounded to odd there, so that rounding it
+// For CPUs without an fma instruction. a * b is exact in float64. The sum is rounded to odd there, so that rounding it
 // once more, to float32, is as good as rounding once.
 REPARAM_INLINE float fma(float a, float b, float c) {
   const double p = (double)a * b, s = p + c;
   const double t = s - p, error = (p - (s - t)) + (c - t);
   const uint64_t i = bit_cast<uint64_t>(s);
-  const uint64_t down = (bit_cast<uint64_t>(error) ^ i) >> 63;  // s went past the exact sum: step back towards zero
+  const uint64_t down = (bit_cast<uint64_t>(error) ^ i) >> 63;  // s is past the exact sum: step back towards zero
   const double odd = bit_cast<double>((i - down) | 1);
   return (float)(__builtin_fabs(error) > 0 ? odd : s);  // NaN if s is not finite
 }
@@ -44,7 +44,7 @@ struct Exp {
 REPARAM_INLINE Exp exp_half(float lv) {
   const float l = lv < -176.f ? -176.f : lv;  // keeps NaN
   const int32_t top = bit_cast<int32_t>(12583166.f), i = bit_cast<int32_t>(fma(l, .721347520f, 12583039.f));
-  const float t = bit_cast<float>(i < top ? i : top);  // as integers: a positive float's order, in one instruction
+  const float t = bit_cast<float>(i < top ? i : top);  // positive floats compare as integers, in one instruction
   const float n = t - 12583039.f, r = fma(n, -1.38629436f, l), r2 = r * r;
   const float scale = bit_cast<float>(bit_cast<uint32_t>(t) << 23);
   const float q2 = horner(r, 2.172787572e-5f, 2.613425895e-4f, 2.604172565e-3f, 2.083322406e-2f, .125f) * r2;
@@ -100,13 +100,12 @@ REPARAM_INLINE float minus_log1p(float f) {
   return fma(-s.e, kLn2Hi, f - s.h) + fma(-s.e, kLn2Lo, s.h * s.h * log1p_poly(s.h));
 }
 
-// log q for q = a / b, also if q is so small that it has lost digits.
+// log q for q = a / b, even if q is so small that it has lost digits.
 REPARAM_INLINE float log_ratio(float a, float b, float q) {
   const bool tiny = q < 0x1p-100f;
   return log(tiny ? a * 0x1p99f / (b * 0x1p-51f) : q) - (tiny ? 103.972077f : 0.f);  // 150 log 2
 }
 
-// float64 uses the C library.
 REPARAM_INLINE double log(double x) { return __builtin_log(x); }
 REPARAM_INLINE double expm1(double x) { return __builtin_expm1(x); }
 REPARAM_INLINE double minus_log1p(double f) { return f - __builtin_log1p(f); }

@@ -1,4 +1,4 @@
-// One element of the latent layer: sigma and the KL of a Gaussian against its prior, and all their slopes.
+// One element of the latent layer: sigma, the KL of a Gaussian against its prior, and their derivatives.
 #pragma once
 #include "math/elementary.h"
 
@@ -16,13 +16,13 @@ struct Options {
 
 namespace {
 
-// sigma, kl and their slopes: dsigma = dsigma/dx, dkl_x = dkl/dx, dkl_mu = dkl/dmu = -dkl/dmu_p, dkl_xp = dkl/dx_p.
+// sigma, kl and derivatives: dsigma = dsigma/dx, dkl_x = dkl/dx, dkl_mu = dkl/dmu = -dkl/dmu_p, dkl_xp = dkl/dx_p.
 template <class C>
 struct Element {
   C sigma, kl, dsigma, dkl_x, dkl_mu, dkl_xp;
 };
 
-// Options in the type of the arithmetic, and what follows from them.
+// Options in the type of the arithmetic, and constants derived from them.
 template <class C>
 struct Constants {
   C min_std, low, high;
@@ -99,7 +99,7 @@ REPARAM_INLINE Element<C> from_softplus(const Constants<C>& c, C mu, C x, C mu_p
   const C sigma = s.value + c.min_std, sigma_p = p.value + c.min_std;
   const C difference = softplus_difference(x, s, kPrior ? x_p : c.unit_hi, kPrior ? C(0) : c.unit_lo, p);
   const C beyond =
-      bare & (x < -kExpUnderflow<C>) ? x + kExpUnderflow<C> : C(0);  // log sigma falls further where sigma stays
+      bare & (x < -kExpUnderflow<C>) ? x + kExpUnderflow<C> : C(0);  // log sigma falls further although sigma stays
   Ratio<C> r{difference, sigma, log(sigma) + beyond};
   if constexpr (kPrior) {
     const C v = x - x_p;

@@ -61,7 +61,7 @@ struct Inputs {
   }
 };
 
-// As torch.clamp's: the gradient is kept at a bound, and is 0 outside and for NaN.
+// As for torch.clamp, the gradient is kept at a bound and is 0 outside and for NaN.
 template <class C>
 inline void clamp_gradient(const Constants<C>& c, int n, const C* unclamped, C* __restrict dx) {
   const C low = c.low, high = c.high;
@@ -71,7 +71,7 @@ inline void clamp_gradient(const Constants<C>& c, int n, const C* unclamped, C* 
 
 // ---- forward
 
-// sigma of each element, and kl if it is not null.
+// Computes sigma of each element, and kl if it is not null.
 template <class C, Param kParam, bool kPrior>
 inline void posterior(const Constants<C> c, int n, const C* mu, const C* x, const C* mu_p, const C* x_p,
                       C* __restrict sigma, C* __restrict kl) {
@@ -88,7 +88,7 @@ inline void posterior(const Constants<C> c, int n, const C* mu, const C* x, cons
   }
 }
 
-// The sums of a chunk: its rows' into kl, or, if a row is longer than a chunk, its own into partials.
+// Stores the sums of a chunk's rows in kl or, if a row is longer than a chunk, the sum of the chunk in partials.
 template <class C>
 inline void store_kl(const LatentArguments& a, const Chunks& chunks, int64_t chunk, int64_t first, int n, const C* k,
                      double* partials) {
@@ -174,8 +174,8 @@ struct UpstreamGrads {
   }
 };
 
-// Where one gradient is written: in place, or into a buffer that store() converts, or, if it is not wanted, into a
-// buffer that nobody reads.
+// One gradient is written in place, or into a buffer that store() converts. If it is not wanted, nobody reads the
+// buffer.
 template <class C>
 struct GradOutput {
   const Operand& t;
@@ -189,7 +189,7 @@ struct GradOutput {
   }
 };
 
-// All gradients in one loop; kZ and kKl say which upstream gradients there are.
+// Computes all gradients in one loop; kZ and kKl say which upstream gradients there are.
 template <class C, Param kParam, bool kPrior, bool kZ, bool kKl>
 inline void gradients(const Constants<C> c, int n, const Inputs<C>& in, const UpstreamGrads<C>& g, C* __restrict dmu,
                       C* __restrict dx, C* __restrict dmu_p, C* __restrict dx_p) {

@@ -1,4 +1,4 @@
-// The noise alone: fills a tensor, and what the tests read of the steps on the way.
+// The noise alone: fills a tensor, and exposes the intermediate steps to the tests.
 #pragma once
 #include "core/dispatch.h"
 #include "random/eps.h"

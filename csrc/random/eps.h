@@ -1,4 +1,4 @@
-// The noise of a call: Philox words made into normals by Box-Muller, or the user's own eps.
+// The noise of a call, made from Philox words by Box-Muller, or given by the user.
 #pragma once
 #include "core/chunks.h"
 #include "core/operand.h"
@@ -7,10 +7,9 @@
 
 namespace reparam {
 
-// Where eps comes from. `samples` of eps are drawn for n elements, and an element's index within its seed's stream
-// decides its eps.
+// Where eps comes from. An element's index within the stream of its seed decides its eps.
 struct EpsSource {
-  Operand given;                  // the user's own eps; absent if it is made from seeds
+  Operand given;                  // the user's eps; absent if eps is made from seeds
   const int64_t* seed = nullptr;  // one for each group of elements
   int64_t n = 0;                  // elements of one sample
   int64_t group = 1;              // consecutive elements that share a seed
@@ -20,10 +19,10 @@ namespace {
 
 static_assert(kSlack >= 4 * kBlock + 4, "fill_eps makes whole blocks of counters");
 
-// eps[first, first + n) of one seed, somewhere in `buffer`, which holds kChunk + kSlack.
+// Returns eps[first, first + n) of one seed, within `buffer`, which holds kChunk + kSlack.
 inline const float* fill_eps(int64_t seed, int64_t first, int n, float* buffer) {
   alignas(64) uint32_t radius[kChunk / 2 + kSlack], angle[kChunk / 2 + kSlack];
-  const int lead = (int)(first & 3), counters = (lead + n + 3) / 4;
+  const int group_offset = (int)(first & 3), counters = (group_offset + n + 3) / 4;
   philox_words(seed, (uint64_t)first >> 2, counters, radius, angle);
 #pragma omp simd
   for (int i = 0; i < 2 * counters; ++i) {
@@ -31,10 +30,10 @@ inline const float* fill_eps(int64_t seed, int64_t first, int n, float* buffer) 
     buffer[2 * i] = p.first;
     buffer[2 * i + 1] = p.second;
   }
-  return buffer + lead;
+  return buffer + group_offset;
 }
 
-// eps of elements [first, first + n) in the given sample. The index restarts with each seed's group.
+// Returns eps of elements [first, first + n) of a sample. The index restarts in the group of each seed.
 inline const float* make_eps(const EpsSource& s, int64_t sample, int64_t first, int n, Scratch<float>& out) {
   const int64_t group = first / s.group, start = first - group * s.group;
   if (start + n <= s.group) return fill_eps(s.seed[group], sample * s.group + start, n, out.data);
@@ -50,7 +49,7 @@ inline const float* make_eps(const EpsSource& s, int64_t sample, int64_t first, 
   return out.data;
 }
 
-// The same, given or made, in the type of the arithmetic.
+// Returns the same, given or made, in the type of the arithmetic.
 inline const float* load_or_make_eps(const EpsSource& s, int64_t sample, int64_t first, int n, Scratch<float>& out) {
   if (s.given.data) return load(s.given, sample * s.n + first, n, out.data);
   return make_eps(s, sample, first, n, out);

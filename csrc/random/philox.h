@@ -52,7 +52,7 @@ inline Lanes multiply_low_halves(Lanes a, Lanes b) {
 
 constexpr uint64_t kLowHalf = 0xffffffffu;
 
-// N vectors of counters at a time, so that the multiplications of one hide the latency of another's.
+// Takes N vectors of counters at a time, so that the multiplications of one hide the latency of those of another.
 template <int N>
 REPARAM_INLINE void philox4x32_10(Lanes c[4][N], uint32_t key0, uint32_t key1) {
   const Lanes m0 = Lanes{} + 0xD2511F53u, m1 = Lanes{} + 0xCD9E8D57u;
@@ -71,7 +71,7 @@ REPARAM_INLINE void philox4x32_10(Lanes c[4][N], uint32_t key0, uint32_t key1) {
   }
 }
 
-// The words of counters first, first + 1, ...: radius takes (x0, x2) of each counter, angle (x1, x3).
+// Writes the words of counters first, first + 1, ...: (x0, x2) of each to radius, (x1, x3) to angle.
 template <int N>
 REPARAM_INLINE void philox_block(int64_t seed, uint64_t first, uint32_t* radius, uint32_t* angle) {
   Lanes c[4][N], lane{};
@@ -95,7 +95,7 @@ REPARAM_INLINE void philox_block(int64_t seed, uint64_t first, uint32_t* radius,
 
 constexpr int kBlock = 8 * kLanes;  // counters
 
-// Makes whole blocks, so it writes the words of up to kBlock counters more than asked for.
+// Makes whole blocks, so it writes up to kBlock counters' words more than asked for.
 inline void philox_words(int64_t seed, uint64_t first, int count, uint32_t* radius, uint32_t* angle) {
   int i = 0;
   for (; i + kBlock / 2 < count; i += kBlock) philox_block<8>(seed, first + (uint64_t)i, radius + 2 * i, angle + 2 * i);

@@ -1,1 +1,1 @@
-"""One short script for each family of codebases: the lines it had, and ours."""
+"""One short script for each family of codebases, with its original code and ours."""

@@ -1,4 +1,4 @@
-"""What the families share: a small network, a decoder's loss, one training loop, one command line."""
+"""Shared by the families: a small network, a decoder's loss, the training loop and the command line."""
 
 import argparse
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from examples.vae.data import Images, load
 
 class Terms(NamedTuple):
     loss: Tensor  # what the family minimises
-    elbo: Tensor  # mean of the batch, nats an image
+    elbo: Tensor  # mean over the batch, nats per image
 
 
 def mlp(inputs: int, outputs: int, hidden: int = 128) -> nn.Module:
@@ -22,12 +22,12 @@ def mlp(inputs: int, outputs: int, hidden: int = 128) -> nn.Module:
 
 
 def nll(logits: Tensor, x: Tensor) -> Tensor:
-    """-log p(x | z) of each image, nats."""
+    """Compute -log p(x | z) of each image in nats."""
     return binary_cross_entropy_with_logits(logits, x, reduction="none").sum(-1)
 
 
 def train(model: nn.Module, images: Images, epochs: int) -> tuple[float, float]:
-    """The held-out ELBO at the start and at the end."""
+    """Train the model and return the held-out ELBO at the start and at the end."""
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     start = end = held_out_elbo(model, images)
     with tqdm(range(epochs), unit="epoch") as bar:
@@ -47,7 +47,7 @@ def held_out_elbo(model: nn.Module, images: Images) -> float:
 
 
 def main(model: Callable[[Any], nn.Module], **ways: Any) -> None:
-    """Trains model(way): the last of the ways, or the one whose flag is given."""
+    """Train model(way) with the way whose flag is given, or the last of them."""
     *others, default = ways
     parser = argparse.ArgumentParser(description="Trains this family's VAE on handwritten digits.")
     parser.add_argument("--epochs", type=int, default=30)

@@ -1,4 +1,4 @@
-"""python -m examples.families.distributions: a VAE on torch.distributions, with its Normal (--before) and with ours."""
+"""`python -m examples.families.distributions`: a VAE on torch.distributions, with its Normal (--before) or ours."""
 
 from torch import Tensor, nn
 from torch.distributions import Normal as TorchNormal

@@ -11,7 +11,7 @@ from .common import Terms, main, mlp, nll
 
 FREE = 0.5  # nats for each layer
 Pair = tuple[Tensor, Tensor]  # mu and log sigma
-Latent = Callable[[Pair, Pair], tuple[Tensor, Tensor, Tensor]]  # z, the KL, what the loss counts of it
+Latent = Callable[[Pair, Pair], tuple[Tensor, Tensor, Tensor]]  # z, the KL, its part in the loss
 
 
 def before(q: Pair, prior: Pair) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,7 +28,7 @@ def after(q: Pair, prior: Pair) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class VAE(nn.Module):
-    """z2 from x, then z1 from x and z2; the generator goes the same way, from z2's prior down."""
+    """A VAE that draws z2 from x, then z1 from x and z2. The generator draws z2 from its prior, then z1."""
 
     def __init__(self, latent: Latent, pixels: int = 64, dims: int = 8):
         super().__init__()

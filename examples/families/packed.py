@@ -19,13 +19,13 @@ def before(moments: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def adapter(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """diffusers' class by name: torch's noise, the z of `before` to the bit."""
+    """Use the adapter of diffusers' class, with torch's noise and the z of `before` to the bit."""
     posterior = DiagonalGaussianDistribution(moments)
     return posterior.sample(), posterior.kl()
 
 
 def after(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """One pass, the moments read where they lie."""
+    """Sample and compute the KL in one pass that reads the moments in place."""
     return rk.DiagonalGaussian.from_moments(moments, clamp=(-30.0, 20.0)).rsample_kl()
 
 

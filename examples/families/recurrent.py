@@ -11,8 +11,8 @@ import reparam_kernels as rk
 
 from .common import Terms, main, mlp, nll
 
-Pair = tuple[Tensor, Tensor]  # mu, and x of sigma = softplus(x) + 0.1
-Latent = Callable[[Pair, Pair], tuple[Tensor, Tensor, Tensor]]  # z, the KL, the KL balanced
+Pair = tuple[Tensor, Tensor]  # mu and x, with sigma = softplus(x) + 0.1
+Latent = Callable[[Pair, Pair], tuple[Tensor, Tensor, Tensor]]  # z, the KL, the balanced KL
 TO_PRIOR, TO_POSTERIOR = 4.0, 1.0  # DreamerV2's 0.8 to 0.2, scaled so that the posterior's gradient is the ELBO's
 
 
@@ -32,7 +32,7 @@ def after(q: Pair, prior: Pair) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class RSSM(nn.Module):
-    """Four steps of two rows each. The prior of a step's z sees the steps before, the posterior this step too."""
+    """Four steps of two rows each. A step's prior depends on the previous steps, its posterior also on the step."""
 
     def __init__(self, latent: Latent, pixels: int = 16, dims: int = 4, state: int = 64):
         super().__init__()

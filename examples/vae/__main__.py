@@ -1,4 +1,4 @@
-"""python -m examples.vae: trains the reference VAE and draws what it learned."""
+"""`python -m examples.vae` trains the reference VAE and draws what it learned."""
 
 import argparse
 import csv
@@ -34,7 +34,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     images = load(args.data)
     if args.data is None:
-        torch.set_num_threads(1)  # the digits are small: a second thread would wait more than it works
+        torch.set_num_threads(1)  # the digits are too small for a second thread
     print(
         f"{len(images.train)} images to train on, {len(images.test)} held out, {images.height} x {images.width} pixels"
     )

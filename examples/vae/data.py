@@ -17,7 +17,7 @@ class Images(NamedTuple):
 
 
 def load(path: Path | None = None) -> Images:
-    """A fixed fifth is held out. A file holds its images as `x` (N, H, W) or as its only array, and maybe `y`."""
+    """Load images, with a fixed fifth held out. A file holds `x` (N, H, W) and maybe `y`, or a single array."""
     if path is None:
         from sklearn.datasets import load_digits
 

@@ -41,7 +41,7 @@ class VAE(nn.Module):
         return mu + torch.exp(0.5 * logvar) * eps, -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum(-1)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Mean pixels."""
+        """Return the mean pixels."""
         out = self.decoder(z)
         return torch.sigmoid(out) if self.likelihood == "bernoulli" else out
 

@@ -1,4 +1,4 @@
-"""What the training did, as PNG files."""
+"""Pictures of the training, as PNG files."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def save(figure: plt.Figure, path: Path) -> Path:
 
 
 def mosaic(rows: Tensor, images: Images, columns: int, gap: int = 1) -> Tensor:
-    """Images side by side, white gaps between them."""
+    """Arrange images side by side with white gaps."""
     h, w = images.height, images.width
     tiles = rows.reshape(-1, columns, h, w).clamp(0, 1)
     canvas = torch.ones(tiles.shape[0] * (h + gap) - gap, columns * (w + gap) - gap)
@@ -55,7 +55,7 @@ def curves(history: History, path: Path) -> Path:
 
 
 def compared(histories: dict[str, History], path: Path) -> Path:
-    """The same training by different implementations, and how far they part."""
+    """Draw the same training by different implementations, and their differences."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
     for (name, history), style in zip(histories.items(), ("-", "--"), strict=False):
         left.plot([r["epoch"] for r in history], [r["held_out"] for r in history], style, lw=2, label=name)
@@ -90,7 +90,7 @@ def samples(model: VAE, images: Images, path: Path, side: int = 12) -> Path:
 
 @torch.no_grad()
 def manifold(model: VAE, images: Images, path: Path, side: int = 14) -> Path:
-    """The latent plane, decoded at the prior's quantiles, beside where the held-out images lie in it."""
+    """Draw the latent plane, decoded at the prior's quantiles, beside the held-out images' places in it."""
     ticks = torch.special.ndtri(torch.linspace(0.02, 0.98, side))
     grid = torch.stack(torch.meshgrid(-ticks, ticks, indexing="ij"), dim=-1).flip(-1).reshape(-1, 2)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 5), constrained_layout=True)

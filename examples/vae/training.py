@@ -1,4 +1,4 @@
-"""Training whose every random choice is named by a seed and a step, so that a resumed run meets the same numbers."""
+"""Training in which a seed and a step determine every random choice, so that a resumed run gives the same numbers."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -30,7 +30,7 @@ STREAM = 1 << 32  # seeds of one run: options.seed * STREAM + step
 
 
 def batches(x: Tensor, options: Options, epoch: int) -> Iterator[tuple[int, Tensor]]:
-    """(step, rows) in an order that seed and epoch fix."""
+    """Yield (step, rows) in an order that depends only on seed and epoch."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(options.seed * STREAM + epoch))
     per_epoch = -(-len(x) // options.batch)
     for i, rows in enumerate(order.split(options.batch)):
@@ -39,7 +39,7 @@ def batches(x: Tensor, options: Options, epoch: int) -> Iterator[tuple[int, Tens
 
 @torch.no_grad()
 def held_out_elbo(model: VAE, x: Tensor, seed: int = STREAM - 1) -> float:
-    """Mean ELBO in nats an image, over 16 samples of z each."""
+    """Return the mean ELBO in nats per image, over 16 samples of z each."""
     terms = model(x, seed, (HELD_OUT_SAMPLES,))
     return -(terms.nll.mean(0) + terms.kl).mean().item()
 
@@ -53,7 +53,7 @@ def start(images: Images, options: Options) -> tuple[VAE, torch.optim.Optimizer]
 def train(
     images: Images, options: Options, checkpoint: Path | None = None, resume: bool = False, quiet: bool = False
 ) -> tuple[VAE, list[dict[str, float]]]:
-    """The trained model and, for each epoch, its mean ELBO, reconstruction, KL and held-out ELBO, in nats an image."""
+    """Return the trained model and each epoch's mean ELBO, reconstruction, KL and held-out ELBO, in nats per image."""
     model, optimizer = start(images, options)
     history: list[dict[str, float]] = []
     if resume and checkpoint is not None:

@@ -1,1 +1,1 @@
-"""Why z = mu + sigma * eps: the parts of examples/why_reparameterize.py, each an experiment of its own."""
+"""Why z = mu + sigma * eps: the experiments of examples/why_reparameterize.py."""

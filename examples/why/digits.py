@@ -1,4 +1,4 @@
-"""The digits VAE with each estimator in its encoder: how it learns, and how its gradient scatters."""
+"""The digits VAE with each estimator in its encoder: its training, and the variance of its gradient."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ from examples.vae.model import VAE, Terms
 from examples.vae.training import Options, start, train_epoch
 
 ESTIMATORS = ("score function", "score function, baseline", "pathwise")
-NOISES = 16  # draws that a variance is measured over
+NOISES = 16  # draws for each measured variance
 Row = dict[str, Any]
 
 
 class Estimated(nn.Module):
-    """The VAE's terms, of the same value for each estimator; the estimator decides the gradient that nll gives.
+    """The VAE's terms. Their value is the same for each estimator, which decides only the gradient of nll.
 
-    The gradient to the decoder and that of the KL need no estimator; to mu and logvar, nll gives, with z a number,
+    The gradients to the decoder and of the KL need no estimator. With z as a constant, nll gives mu and logvar
         score function:  (nll - baseline) grad log q(z | x),  baseline: 0, or the mean nll of the batch's other images.
     """
 
@@ -42,19 +42,19 @@ class Estimated(nn.Module):
 
 
 def gradient(model: Estimated, x: Tensor, seed: int) -> Tensor:
-    """Of the mean negative ELBO of a batch, in every weight of the encoder, as one vector."""
+    """Return the gradient of a batch's mean negative ELBO in all encoder weights, as one vector."""
     terms = model(x, seed)
     weights = [*model.vae.encoder.parameters(), *model.vae.head.parameters()]
     return torch.cat([g.flatten() for g in torch.autograd.grad((terms.nll + terms.kl).mean(), weights)])
 
 
 def gradient_variance(model: Estimated, x: Tensor, noises: int = NOISES) -> float:
-    """Over the noise, weights and batch held: the variances of all the weights' gradients, summed."""
+    """Sum the variances of all weights' gradients over the noise, for fixed weights and batch."""
     return torch.stack([gradient(model, x, seed) for seed in range(noises)]).var(0).sum().item()
 
 
 def train(images: Images, options: Options, estimator: str) -> list[Row]:
-    """For each epoch: the ELBO, and its gradient variance at the weights it began with; a pathwise run: all three."""
+    """Return for each epoch the ELBO and the gradient variance at its initial weights; for a pathwise run all three."""
     vae, optimizer = start(images, options)
     model, batch = Estimated(vae, estimator), images.train[: options.batch]
     measured = ESTIMATORS if estimator == "pathwise" else (estimator,)
@@ -68,7 +68,7 @@ def train(images: Images, options: Options, estimator: str) -> list[Row]:
 
 
 def compare(images: Images, epochs: int, seeds: int, hidden: int = Options.hidden) -> list[Row]:
-    """The same training by each estimator, over several seeds."""
+    """Run the same training with each estimator, over several seeds."""
     runs = [(name, seed) for seed in range(seeds) for name in ESTIMATORS]
     return [
         row

@@ -1,4 +1,4 @@
-"""Two unbiased estimators of the gradient of E[x^2], x ~ N(mu, sigma^2): how they spread, and where they lead.
+"""Two unbiased estimators of the gradient of E[x^2], x ~ N(mu, sigma^2): their spread, and descent with them.
 
 E[x^2] = mu^2 + sigma^2, so its gradient is 2 mu in mu and 2 sigma in sigma.
 """
@@ -15,14 +15,14 @@ Gradients = tuple[Tensor, Tensor]  # in mu and in the second argument, one eleme
 
 
 def score_function(mu: Tensor, x: Tensor, seed: int, param: str = "std") -> Gradients:
-    """f(z) grad log q(z): z is a number, only its probability has a gradient."""
+    """Return f(z) grad log q(z): z is a constant, and only its probability has a gradient."""
     z = rk.reparameterize(mu, x, seed=seed, param=param).detach()
     log_q = rk.DiagonalGaussian(mu, x, event_ndim=0, param=param).log_prob(z)
     return torch.autograd.grad((z**2 * log_q).sum(), (mu, x))
 
 
 def pathwise(mu: Tensor, x: Tensor, seed: int, param: str = "std") -> Gradients:
-    """grad f(z): z is a function of mu and sigma."""
+    """Return grad f(z): z is a function of mu and sigma."""
     z = rk.reparameterize(mu, x, seed=seed, param=param)
     return torch.autograd.grad((z**2).sum(), (mu, x))
 
@@ -40,7 +40,7 @@ VARIANCES: dict[str, tuple[Callable[[float, float], float], Callable[[float, flo
 
 
 class Measured(NamedTuple):
-    n: int  # samples that one estimate is the mean of
+    n: int  # samples per estimate
     mean: float
     mean_error: float
     variance: float  # of one estimate
@@ -48,7 +48,7 @@ class Measured(NamedTuple):
 
 
 def measure(name: str, which: int, mu: float, sigma: float, n: int, estimates: int, seed: int) -> Measured:
-    """Mean and variance of an estimate from n samples, each with its standard error; which: 0 for mu, 1 for sigma."""
+    """Measure the mean and variance of an estimate from n samples, with errors; which: 0 for mu, 1 for sigma."""
     leaves = [torch.full((estimates * n,), value, dtype=torch.float64, requires_grad=True) for value in (mu, sigma)]
     g = ESTIMATORS[name](*leaves, seed=seed)[which].view(estimates, n).mean(1)
     variance = g.var().item()
@@ -59,7 +59,7 @@ def measure(name: str, which: int, mu: float, sigma: float, n: int, estimates: i
 
 
 def descend(name: str, which: int, start: tuple[float, float], lr: float, steps: int, runs: int) -> Tensor:
-    """[steps + 1, runs]: mu (0) or sigma (1) under gradient descent, one sample a step; sigma by its logarithm."""
+    """Descend with one sample per step and return mu (0) or sigma (1), [steps + 1, runs]; sigma by its logarithm."""
     place = [torch.full((runs,), start[0]).double(), torch.full((runs,), start[1]).double().log()]
     path = [place[which].clone()]
     for step in range(steps):

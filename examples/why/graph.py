@@ -1,10 +1,10 @@
-"""What autograd sees of a draw: its graph, printed."""
+"""Prints the autograd graph of a draw."""
 
 from torch import Tensor
 
 
 def graph(t: Tensor, **names: Tensor) -> str:
-    """The nodes behind t, one a line, down to the named leaves."""
+    """Return the nodes behind t, one per line, down to the named leaves."""
     if t.grad_fn is None:
         return "no grad_fn: nothing leads back from here"
     return "\n".join(lines(t.grad_fn, {id(leaf): name for name, leaf in names.items()}, 0))

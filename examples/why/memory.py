@@ -1,4 +1,4 @@
-"""What the latent layer (z and KL) holds and moves as plain torch, compiled, and by this package, counted from tensors.
+"""Counts what the latent layer (z and KL) holds and moves: in plain torch, compiled, and in this package.
 
 A word is an element's size: float32, 4 bytes. Counts are words for each element of mu.
 """
@@ -21,11 +21,11 @@ class Counted(NamedTuple):
     forward: float  # words read or written for each element
     kept: dict[str, float]  # held from forward to backward, beyond mu and logvar
     backward: float
-    peak: float  # held at once at most, beyond mu, logvar and the incoming gradients
+    peak: float  # the most held at once, beyond mu, logvar and the incoming gradients
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes of every tensor that an op of eager torch reads or writes; views move nothing."""
+    """Counts the bytes of the tensors that each op of eager torch reads or writes; views move nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,12 +44,12 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def size(t: Tensor) -> int:
-    """An expanded tensor is read from where it is stored."""
+    """Return the stored bytes of a tensor, which may be expanded."""
     return min(t.numel() * t.element_size(), t.untyped_storage().nbytes())
 
 
 def kept(layer: Layer, leaves: list[Tensor]) -> list[Tensor]:
-    """What autograd holds beyond the leaves and the outputs."""
+    """Return what autograd holds beyond the leaves and the outputs."""
     held: dict[int, Tensor] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def kept(layer: Layer, leaves: list[Tensor]) -> list[Tensor]:
 
 
 def named(t: Tensor, mu: Tensor, logvar: Tensor) -> str:
-    """By its value: sigma, sigma^2 or, what is left, eps."""
+    """Name a tensor by its value: sigma, sigma^2, or else eps."""
     if t.numel() < mu.numel():
         return "seed"
     for name, known in (("sigma", torch.exp(logvar / 2)), ("sigma²", logvar.exp())):
@@ -74,7 +74,7 @@ def named(t: Tensor, mu: Tensor, logvar: Tensor) -> str:
 
 
 def fused_traffic(layer: Layer, leaves: list[Tensor]) -> tuple[int, int]:
-    """Bytes of a layer that is one kernel each way: what goes in and what comes out, each once."""
+    """Count the bytes of a layer with one kernel per pass: each input and each output once."""
     out = layer(*leaves)
     ins, held = sum(map(size, leaves)), sum(map(size, kept(layer, leaves)))
     outs = sum(map(size, out))
@@ -94,21 +94,21 @@ def count(name: str, layer: Layer, shape: tuple[int, int] = SHAPE) -> Counted:
     leaves = providers.OPS["latent"].inputs(shape, torch.float32, "cpu")
     word = size(leaves[0])
     both = measure.passes(layer, leaves)["forward+backward"]
-    both()  # compiles, where there is something to compile
+    both()  # compiles, if there is something to compile
     moved = (eager_traffic if name == "eager" else fused_traffic)(layer, leaves)
     holds = {named(t, *(x.detach() for x in leaves)): size(t) / word for t in kept(layer, leaves)}
     return Counted(moved[0] / word, holds, moved[1] / word, measure.peak_bytes(both, "cpu") / word)
 
 
 def compare(compiler: bool = True, shape: tuple[int, int] = SHAPE) -> tuple[dict[str, Counted], str | None]:
-    """By provider, and why torch.compile is missing, if it is."""
+    """Count each provider; also return why torch.compile is missing, if it is."""
     op, why = providers.OPS["latent"], None
-    found = {"eager": count("eager", op.eager, shape)}
+    counted = {"eager": count("eager", op.eager, shape)}
     try:
         if not compiler:
             raise RuntimeError("not asked for")
-        found["torch.compile"] = count("torch.compile", providers.compiled(op.eager, False), shape)
-    except Exception as error:  # no compiler, or one that torch cannot use: each version has errors of its own
+        counted["torch.compile"] = count("torch.compile", providers.compiled(op.eager, False), shape)
+    except Exception as error:  # no usable compiler; the error depends on the version of torch
         why = f"torch.compile is left out: {str(error).splitlines()[0]}"
-    found["ours"] = count("ours", op.ours, shape)
-    return found, why
+    counted["ours"] = count("ours", op.ours, shape)
+    return counted, why

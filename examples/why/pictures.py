@@ -26,7 +26,7 @@ def panels(count: int, height: float = 3.4) -> tuple[plt.Figure, Any]:
 
 
 def paths(path: Path) -> Path:
-    """z against sigma: a new draw at each sigma, and one eps for each line."""
+    """Draw z against sigma, with a new draw at each sigma and with one eps for each line."""
     count, lines = 40, 10
     sigma = torch.linspace(0, 2, count)
     figure, axes = panels(2)
@@ -43,7 +43,7 @@ def paths(path: Path) -> Path:
 
 
 def spread(mu: float, sigma: float, sizes: list[int], estimates: int, path: Path) -> Path:
-    """Standard deviation of an estimate against its samples, with the closed forms."""
+    """Draw the standard deviation of an estimate against its samples, with the closed forms."""
     figure, axes = panels(2, 3.6)
     for which, ax in enumerate(axes):
         for name in estimators.ESTIMATORS:
@@ -69,7 +69,7 @@ def spread(mu: float, sigma: float, sizes: list[int], estimates: int, path: Path
 
 
 def descent(start: tuple[float, float], lr: tuple[float, float], steps: int, runs: int, path: Path) -> Path:
-    """Gradient descent on E[x^2], one sample a step."""
+    """Draw gradient descent on E[x^2] with one sample per step."""
     figure, axes = panels(2)
     for which, ax in enumerate(axes):
         for name in estimators.ESTIMATORS:
@@ -84,17 +84,17 @@ def descent(start: tuple[float, float], lr: tuple[float, float], steps: int, run
 
 
 def by_seed(rows: list[Row], key: str, own: bool = True) -> dict[str, torch.Tensor]:
-    """[seeds, epochs] for each estimator; key "variance": on its own run or, for all, on the pathwise run."""
-    found: dict[str, dict[int, list[float]]] = {name: defaultdict(list) for name in digits.ESTIMATORS}
+    """Return [seeds, epochs] for each estimator. Unless `own`, the variance is measured on the pathwise run."""
+    values: dict[str, dict[int, list[float]]] = {name: defaultdict(list) for name in digits.ESTIMATORS}
     for row in rows:
         if key != "variance":
-            found[row["estimator"]][row["seed"]].append(row[key])
+            values[row["estimator"]][row["seed"]].append(row[key])
         elif own:
-            found[row["estimator"]][row["seed"]].append(row["variance"][row["estimator"]])
+            values[row["estimator"]][row["seed"]].append(row["variance"][row["estimator"]])
         elif row["estimator"] == "pathwise":
             for name, value in row["variance"].items():
-                found[name][row["seed"]].append(value)
-    return {name: torch.tensor(list(lines.values())) for name, lines in found.items()}
+                values[name][row["seed"]].append(value)
+    return {name: torch.tensor(list(lines.values())) for name, lines in values.items()}
 
 
 def elbo(rows: list[Row], path: Path) -> Path:
@@ -129,20 +129,20 @@ def variance(rows: list[Row], path: Path) -> Path:
 
 
 def squares(ax: plt.Axes, count: float, left: float, top: float, columns: int, side: float, colour: str) -> None:
-    """One square a word, row by row; the last is cut to the fraction."""
+    """Draw one square per word, row by row; the last may be a part."""
     for i in range(-(-round(count * 100) // 100)):
         part = min(1.0, count - i)
         x, y = left + i % columns * side, top - (i // columns + 1) * side
         ax.add_patch(plt.Rectangle((x, y), part * side * 0.88, side * 0.88, color=colour, lw=0))
 
 
-def memory(found: dict[str, Counted], path: Path) -> Path:
-    """What moves, what waits, what is held: one square a word for each element."""
+def memory(counts: dict[str, Counted], path: Path) -> Path:
+    """Draw what moves, is kept for backward, and is held at once: one square per word and element."""
     rows = ("forward\nmoves", "kept for\nbackward", "backward\nmoves", "held at once,\nat most")
     heights, side, columns, width, first = (2.5, 1.9, 3.1, 1.2), 0.6, 8, 6.4, 3.5
     greek = {"sigma": "$\\sigma$", "sigma²": "$\\sigma^2$", "eps": "$\\epsilon$"}
     figure, ax = plt.subplots(figsize=(8.2, 4.3), constrained_layout=True)
-    for k, (name, counted) in enumerate(found.items()):
+    for k, (name, counted) in enumerate(counts.items()):
         left, top = first + k * width, 0.0
         ax.text(left, 0.4, name, color=PROVIDER[name], fontsize=12, weight="bold")
         kept = sum(counted.kept.values())
@@ -160,14 +160,14 @@ def memory(found: dict[str, Counted], path: Path) -> Path:
         ax.text(0, top - 0.02, label, va="top", fontsize=10, linespacing=1.3)
         ax.axhline(top + 0.25, color="#dddddd", lw=0.8)
         top -= height
-    ax.set(xlim=(0, first + len(found) * width - 1), ylim=(top + 0.2, 1.1), aspect="equal")
+    ax.set(xlim=(0, first + len(counts) * width - 1), ylim=(top + 0.2, 1.1), aspect="equal")
     ax.set_title("z and its KL, forward and backward; a square is one word for each element of z", fontsize=10)
     ax.set_axis_off()
     return save(figure, path)
 
 
 def kl_error(path: Path) -> Path:
-    """Largest relative error of a row's KL against the scale of mu and logvar."""
+    """Draw the largest relative error of a row's KL against the scale of mu and logvar."""
     figure, axes = panels(2, 3.8)
     colour = {"the usual line": COLOURS["eager"], "torch.distributions": GREY, "ours": OURS}
     for ax, dtype in zip(axes, (torch.float32, torch.float16), strict=True):

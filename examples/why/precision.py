@@ -1,4 +1,4 @@
-"""The KL's digits: the usual line and this package's kernels against float64, from near collapse to far away."""
+"""The accuracy of the KL: the textbook formula and our kernels against float64, from near collapse to far away."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -33,11 +33,11 @@ LINES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 class Error(NamedTuple):
     median: float
-    largest: float  # inf where a row overflows
+    largest: float  # inf if a row overflows
 
 
 def error(line: Callable[[Tensor, Tensor], Tensor], scale: float, dtype: torch.dtype) -> Error:
-    """Relative to float64, a row of 32 at a time; mu and logvar are normal with the given scale."""
+    """Return the error relative to float64, by rows of 32; mu and logvar are normal with the given scale."""
     g = torch.Generator().manual_seed(0)
     mu, logvar = ((torch.randn(SHAPE, generator=g).double() * scale).to(dtype) for _ in range(2))
     wide = [t.double() for t in (mu, logvar)]

@@ -19,7 +19,7 @@ if FORCED is not None and FORCED not in NAMES:
 
 
 def cpu_missing() -> str | None:
-    """Why the C++ kernels cannot run, or None if they can."""
+    """Return why the C++ kernels cannot run, or None if they can."""
     if isinstance(extension.LOADED, str):
         return extension.LOADED
     try:
@@ -34,13 +34,13 @@ def triton_missing() -> str | None:
 
 
 def interpreting() -> bool:
-    """True if Triton's interpreter runs its kernels, on CPU tensors."""
+    """Return True if Triton's interpreter runs the kernels on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache
 def backend_name(device_type: str) -> str:
-    """The backend for a type of device. The first fallback to the reference warns."""
+    """Return the backend for a device type. The first fallback to the reference warns."""
     if FORCED == "reference" or device_type == "meta":
         return "reference"
     if FORCED == "triton" or (FORCED is None and device_type in ("cuda", "xpu")):
@@ -62,7 +62,7 @@ def backend_name(device_type: str) -> str:
 
 @cache
 def kernels(package: str, device: torch.device) -> ModuleType | None:
-    """The module with a package's kernels for a device, imported when first needed; None if the reference runs."""
+    """Return a package's kernels for a device, imported when first needed, or None if the reference runs."""
     name = backend_name(device.type)
     return None if name == "reference" else importlib.import_module(f"{package}.{name}")
 

@@ -129,6 +129,6 @@ def local(tensors: Sequence[Tensor | None]) -> None:
     for t in tensors:
         if any(base.__name__ == "DTensor" for base in type(t).__mro__):
             raise TypeError(
-                "reparam_kernels: mu and the tensors that go with it must be a tensor of this process; got DTensor. "
+                "reparam_kernels: mu and the tensors that go with it must be tensors of this process; got DTensor. "
                 "Call on the local shard, t.to_local(), with a seed of its own for each rank."
             )

@@ -1,4 +1,4 @@
-"""The C++ extension made ready for torch's tensors, and what the CPU launches of all ops share.
+"""Binds the C++ extension to torch's tensor type, and holds what the CPU launches of all ops share.
 
 Importing this module raises an ImportError that says why the extension cannot be used.
 """
@@ -28,12 +28,12 @@ if _isa is not None:
 
 
 def empty(like: Tensor) -> Tensor:
-    """A contiguous tensor like another one, uninitialised."""
+    """Return an uninitialised contiguous tensor like another one."""
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def explain(refusal: Exception, tensors: dict[str, Tensor | None]) -> ValueError:
-    """The error for a call that the extension refused: the refusal only names the argument, and this finds out why."""
+    """Return the error for a call that the extension refused. The refusal only names the argument; this adds why."""
     name = str(refusal)
     must, got = _fault(tensors.get(name))
     return ValueError(
@@ -42,7 +42,7 @@ def explain(refusal: Exception, tensors: dict[str, Tensor | None]) -> ValueError
 
 
 def _fault(t: Tensor | None) -> tuple[str, str]:
-    """What a tensor must be so that the kernels can read it, and what this one is."""
+    """Return what a tensor must be for the kernels to read it, and what this one is."""
     if t is None or type(t) not in (Tensor, torch.nn.Parameter):
         return "be a plain torch.Tensor", type(t).__name__
     if t.layout is not torch.strided or t.device.type != "cpu":

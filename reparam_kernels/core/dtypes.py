@@ -1,4 +1,4 @@
-"""Which dtypes the ops take, and in which they compute."""
+"""The dtypes that the ops take, and those that they compute in."""
 
 import torch
 
@@ -6,7 +6,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic and of sums: float64 for float64, float32 for the others."""
+    """Return the dtype of the arithmetic and of sums: float64 for float64, float32 for the others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -12,18 +12,18 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def execute(op: Op[Any], arguments: Any) -> Outputs:
-    """The outputs of an op; None for one that is not asked for."""
+    """Return the outputs of an op, None for each that is not asked for."""
     tensors, device = arguments[:-1], arguments[0].device
-    learns_noise = any_requires_grad(tensors[op.n_inputs :])  # the kernels give it no gradient
+    wants_noise_grad = any_requires_grad(tensors[op.n_inputs :])  # the kernels give it no gradient
     if torch.compiler.is_compiling():
         if not backends.has_kernels(device.type):
             return op.formula(arguments)
-        in_formula = learns_noise or torch_modes.compiling_a_transform()
+        in_formula = wants_noise_grad or torch_modes.compiling_a_transform()
         return op.by_formula(arguments) if in_formula else op.registered(arguments)
     kernels = op.kernels(device)
     if kernels is None:
         return op.formula(arguments)
-    if learns_noise or torch_modes.in_transform():
+    if wants_noise_grad or torch_modes.in_transform():
         return op.by_formula(arguments)
     if torch_modes.in_dispatch_mode() or not _PLAIN.issuperset(map(type, tensors)):
         checks.local(tensors)

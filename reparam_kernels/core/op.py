@@ -1,8 +1,8 @@
-"""What an op is, and everything that follows from it: its registration with torch, autograd, fake tensors and vmap.
+"""The record of an op, and what is derived from it: registration with torch, autograd, fake tensors and vmap.
 
-An op is its arguments (a NamedTuple of tensors and, last, a NamedTuple of options), a formula in plain torch, the
-shapes of its outputs, and a package with a module of kernels for each backend. It becomes two registered ops, `name`
-and `name_backward`, for torch.compile, export and dispatch modes, and an autograd.Function for the eager path.
+The record holds the op's arguments (a NamedTuple of tensors and, last, a NamedTuple of options), a formula in plain
+torch, the shapes of its outputs, and a package with a module of kernels for each backend. Two registered ops, `name`
+and `name_backward`, serve torch.compile, export and dispatch modes; an autograd.Function serves the eager path.
 In a registered op, an output that is not asked for and a gradient that is not wanted are empty tensors.
 """
 
@@ -37,9 +37,9 @@ class Shape(NamedTuple):
 
 
 class Op(Generic[A]):
-    """One op, registered with torch as it is made.
+    """One op. Its construction registers it with torch.
 
-    name: of the registered op.
+    name: the name of the registered op.
     arguments: a NamedTuple type; its first fields are `inputs`, its last is a NamedTuple of options.
     inputs: the names of the tensors that get gradients.
     outputs: the names of the outputs.
@@ -75,7 +75,7 @@ class Op(Generic[A]):
     # The three ways to run. execute.py chooses between them and the formula.
 
     def kernels(self, device: torch.device) -> Any:
-        """The module of kernels for a device, or None."""
+        """Return the module of kernels for a device, or None if the formula runs there."""
         return backends.kernels(self.package, device)
 
     def eager(self, arguments: A) -> Outputs:
@@ -88,24 +88,24 @@ class Op(Generic[A]):
         return tuple(None if shape is None else t for t, shape in zip(outputs, self.shapes(arguments), strict=True))
 
     def by_formula(self, arguments: A) -> Outputs:
-        """Run the formula around the kernels' noise, which is a constant; right under any nesting of transforms."""
+        """Run the formula with the kernels' noise as a constant. This is correct under any nesting of transforms."""
         return self.formula(self.with_noise(arguments))
 
     # Gradients.
 
     def gradients(self, arguments: A, grads: Outputs, wanted: Sequence[bool]) -> Outputs:
-        """The gradients to the inputs by the kernels, each in the shape and dtype of its input."""
+        """Compute the gradients to the inputs by the kernels, each in the shape and dtype of its input."""
         grads = tuple(g if g is None else resolve_neg(g) for g in grads)
-        found = self.kernels(arguments[0].device).backward(arguments, grads, wanted)
-        return tuple(sum_to_shape(g, t) for g, t in zip(found, arguments[: self.n_inputs], strict=True))
+        input_grads = self.kernels(arguments[0].device).backward(arguments, grads, wanted)
+        return tuple(sum_to_shape(g, t) for g, t in zip(input_grads, arguments[: self.n_inputs], strict=True))
 
     def registered_gradients(self, arguments: A, grads: Outputs, wanted: Sequence[bool]) -> Outputs:
-        """The same by the registered op."""
-        found = as_tuple(self._backward_op(*self.flatten(arguments), *grads, list(wanted)))
-        return tuple(g if want else None for g, want in zip(found, wanted, strict=True))
+        """Compute the same gradients by the registered op."""
+        input_grads = as_tuple(self._backward_op(*self.flatten(arguments), *grads, list(wanted)))
+        return tuple(g if want else None for g, want in zip(input_grads, wanted, strict=True))
 
     def differentiable_gradients(self, arguments: A, grads: Outputs, wanted: Sequence[bool]) -> Outputs:
-        """The same as a function that autograd can differentiate again: the formula's own gradients."""
+        """Compute the same gradients by autograd of the formula, so that autograd can differentiate them again."""
         n = self.n_inputs
         with torch.enable_grad():
             inputs = fresh_views(arguments[:n])
@@ -115,8 +115,8 @@ class Op(Generic[A]):
             if not pairs:
                 return (None,) * n
             ys, gs = zip(*pairs, strict=True)
-            found = iter(torch.autograd.grad(ys, asked, gs, create_graph=True, allow_unused=True))
-        return tuple(next(found) if want else None for want in wanted)
+            asked_grads = iter(torch.autograd.grad(ys, asked, gs, create_graph=True, allow_unused=True))
+        return tuple(next(asked_grads) if want else None for want in wanted)
 
     # The arguments as torch's dispatcher takes them: one flat list.
 
@@ -125,7 +125,7 @@ class Op(Generic[A]):
         return *tensors, *(None if value == () else value for value in options)
 
     def unflatten(self, values: Sequence[Any]) -> A:
-        """The arguments again; the dispatcher has made lists of the tuples."""
+        """Rebuild the arguments. The dispatcher has turned their tuples into lists."""
         tensors, options = values[: self.n_tensors], values[self.n_tensors :]
         typed = (
             tuple(value or ()) if kind == tuple[int, ...] else tuple(value) if isinstance(value, list) else value
@@ -150,13 +150,13 @@ class Op(Generic[A]):
 
 
 class ForwardRules:
-    """What torch asks of the registered forward op."""
+    """The registered forward op: its implementation, fake and gradient."""
 
     def __init__(self, op: Op[Any]) -> None:
         self.op = op
 
     def run(self, *values: Any) -> Any:
-        arguments = self.op.unflatten(list(map(plain, values)))
+        arguments = self.op.unflatten(list(map(as_plain_tensor, values)))
         first = arguments[0]
         outputs = self.op.kernels(first.device).forward(arguments)
         return one_or_all(first.new_empty(0) if t is None else t for t in outputs)
@@ -175,29 +175,29 @@ class ForwardRules:
         op, wanted = self.op, ctx.needs_input_grad[: self.op.n_inputs]
         arguments = op.unflatten((*ctx.saved_tensors, *ctx.options))
         asked = tuple(None if s is None else g for g, s in zip(grads, op.shapes(arguments), strict=True))
-        found = op.registered_gradients(arguments, asked, wanted)
-        return *found, *[None] * (len(ctx.needs_input_grad) - len(found))
+        input_grads = op.registered_gradients(arguments, asked, wanted)
+        return *input_grads, *[None] * (len(ctx.needs_input_grad) - len(input_grads))
 
 
 class BackwardRules:
-    """What torch asks of the registered backward op; its own gradient is that of the formula's gradient."""
+    """The registered backward op. Its gradient is autograd's of the formula's gradient."""
 
     def __init__(self, op: Op[Any]) -> None:
         self.op = op
 
     def split(self, values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[bool]]:
-        """The forward's flat arguments, the outputs' gradients, which gradients are wanted."""
+        """Return the forward's flat arguments, the output gradients, and which input gradients are wanted."""
         *rest, wanted = values
         return rest[: -self.op.n_outputs], rest[-self.op.n_outputs :], wanted
 
     def run(self, *values: Any) -> Any:
-        flat, grads, wanted = self.split(list(map(plain, values)))
+        flat, grads, wanted = self.split(list(map(as_plain_tensor, values)))
         arguments = self.op.unflatten(flat)
-        found = self.op.gradients(arguments, tuple(grads), wanted)
+        input_grads = self.op.gradients(arguments, tuple(grads), wanted)
         inputs = arguments[: self.op.n_inputs]
         return one_or_all(
             arguments[0].new_empty(0) if not want or t is None else t.new_zeros(t.shape) if grad is None else grad
-            for grad, t, want in zip(found, inputs, wanted, strict=True)
+            for grad, t, want in zip(input_grads, inputs, wanted, strict=True)
         )
 
     def fake(self, *values: Any) -> Any:
@@ -222,19 +222,19 @@ class BackwardRules:
         pairs = [
             (y, g) for y, g in zip(outputs, grads, strict=True) if y is not None and g is not None and y.requires_grad
         ]
-        after = len(ctx.needs_input_grad) - 1 - op.n_outputs  # where the gradients stand among the op's arguments
+        after = len(ctx.needs_input_grad) - 1 - op.n_outputs  # index of the first output gradient
         needed = [*ctx.needs_input_grad[:n], *ctx.needs_input_grad[after:-1]]
         asked = [t for t, need in zip(variables, needed, strict=True) if t is not None and need]
-        found: Any = iter([None] * len(asked))
+        asked_grads: Any = iter([None] * len(asked))
         if pairs and asked:
             ys, gs = zip(*pairs, strict=True)
-            found = iter(torch.autograd.grad(ys, asked, gs, create_graph=create_graph, allow_unused=True))
-        to_all = [next(found) if need else None for need in needed]
+            asked_grads = iter(torch.autograd.grad(ys, asked, gs, create_graph=create_graph, allow_unused=True))
+        to_all = [next(asked_grads) if need else None for need in needed]
         return *to_all[:n], *[None] * (after - n), *to_all[n:], None
 
 
 def autograd_function(op: Op[Any]) -> Any:
-    """The autograd.Function of the eager path: it saves the arguments and nothing else."""
+    """Make the autograd.Function of the eager path. It saves the arguments and nothing else."""
 
     def forward(ctx: Any, arguments: Any, *inputs: Tensor | None) -> Outputs:
         ctx.save_for_backward(*arguments[:-1])
@@ -257,15 +257,15 @@ def autograd_function(op: Op[Any]) -> Any:
 
 
 def vmap_by_loop(op: Any) -> Any:
-    """vmap of a registered op itself, as an exported program under vmap meets it: one call for each item."""
+    """Make the vmap rule of a registered op, which an exported program needs: one call for each item."""
 
     def rule(info: Any, in_dims: Any, *values: Any) -> tuple[Any, Any]:
         def item(i: int) -> tuple[Tensor, ...]:
             chosen = (v.select(d, i) if isinstance(d, int) else v for v, d in zip(values, in_dims, strict=True))
             return as_tuple(op(*chosen))
 
-        found = [torch.stack(items) for items in zip(*map(item, range(info.batch_size)), strict=True)]
-        return one_or_all(found), one_or_all([0] * len(found))
+        stacked = [torch.stack(items) for items in zip(*map(item, range(info.batch_size)), strict=True)]
+        return one_or_all(stacked), one_or_all([0] * len(stacked))
 
     return rule
 
@@ -275,17 +275,17 @@ def returns(names: tuple[str, ...]) -> str:
 
 
 def one_or_all(values: Any) -> Any:
-    """An op with one output returns it; one with several returns a tuple."""
-    found = tuple(values)
-    return found if len(found) > 1 else found[0]
+    """Return a tuple, or its element if there is one: an op with one output returns no tuple."""
+    outputs = tuple(values)
+    return outputs if len(outputs) > 1 else outputs[0]
 
 
-def as_tuple(found: Any) -> tuple[Tensor, ...]:
-    return (found,) if isinstance(found, Tensor) else tuple(found)
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def plain(value: Any) -> Any:
-    """A tensor of a subclass that has come this far is read as its memory."""
+def as_plain_tensor(value: Any) -> Any:
+    """View a tensor of a subclass as a plain Tensor, so that its memory is read."""
     return value.as_subclass(Tensor) if isinstance(value, Tensor) and type(value) is not Tensor else value
 
 
@@ -295,7 +295,7 @@ def resolve_neg(t: Tensor) -> Tensor:
 
 
 def fresh_views(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Views, so that inputs which are one tensor, or computed from each other, are separate nodes for autograd."""
+    """Return views, so that inputs which are aliased or computed from each other are separate autograd nodes."""
     return [t if t is None else t.view_as(t) for t in tensors]
 
 

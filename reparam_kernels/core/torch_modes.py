@@ -1,4 +1,4 @@
-"""What torch is doing around a call. Every private torch name that the package uses is here."""
+"""Queries the torch modes around a call. Every private torch name that the package uses is here."""
 
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -17,12 +17,12 @@ _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def in_dispatch_mode() -> bool:
-    """True if something reads the ops that run: a dispatch mode (fake tensors, make_fx, a flop counter) or a trace."""
+    """Return True in a dispatch mode (fake tensors, make_fx, a flop counter) or a trace, which see the ops that run."""
     return _dispatch_modes() > 0 or _tracing_state() is not None
 
 
 def in_transform() -> bool:
-    """True inside a torch.func transform or forward-mode AD."""
+    """Return True inside a torch.func transform or forward-mode AD."""
     return _functorch_level() is not None or forward_ad._current_level >= 0
 
 
@@ -34,10 +34,10 @@ def constant_to_the_compiler(f: Callable[P, R]) -> Callable[P, R]:
 
 @constant_to_the_compiler
 def compiling_a_transform() -> bool:
-    """True if torch.compile is tracing inside a transform: it enters a transform when it meets one."""
+    """Return True if torch.compile is tracing a transform: it enters each transform that it meets."""
     return in_transform()
 
 
 def is_batched_grad(*grads: Tensor | None) -> bool:
-    """True if vmap or is_grads_batched holds several gradients in one of these."""
+    """Return True if one of these holds several gradients, by vmap or is_grads_batched."""
     return _functorch_level() is not None or any(g is not None and _is_legacy_batched(g) for g in grads)

@@ -1,1 +1,1 @@
-"""What every op on a GPU shares: the Triton device functions and the planning of launches."""
+"""The Triton device functions and the planning of launches that all ops share."""

@@ -1,7 +1,7 @@
 """exp, log and softplus of a block. In float32 they have the bits of the C++ kernels, which use the same names.
 
-They are IEEE add, mul, fma and div in one fixed order, because other orders round differently. A function serves
-float64 too, unless it says otherwise; the dtype of its argument decides. There it is accurate, with no promise of bits.
+They use IEEE add, mul, fma and div in one fixed order, because other orders round differently. Unless it says
+otherwise, a function also takes float64, for which it is accurate without a promise of bits.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def fma(a, b, c):
-    """a * b + c, rounded once in float32 and twice in float64."""
+    """Compute a * b + c, rounded once in float32 and twice in float64."""
     if a.dtype == tl.float64:
         return a * b + c
     else:
@@ -21,7 +21,7 @@ def fma(a, b, c):
 
 @triton.jit
 def div(a, b):
-    """a / b, correctly rounded; one of them is a tensor, and b's dtype decides."""
+    """Compute a / b, correctly rounded. One of them is a tensor; the dtype of b decides."""
     if b.dtype == tl.float64:
         return a / b
     else:
@@ -30,7 +30,7 @@ def div(a, b):
 
 @triton.jit
 def horner(x, COEFFICIENTS: tl.constexpr):
-    """The polynomial with these coefficients, the leading one first."""
+    """Evaluate the polynomial with these coefficients, the leading one first."""
     y = fma(x, COEFFICIENTS[0], COEFFICIENTS[1])
     for i in tl.static_range(2, len(COEFFICIENTS)):
         y = fma(y, x, COEFFICIENTS[i])
@@ -38,7 +38,7 @@ def horner(x, COEFFICIENTS: tl.constexpr):
 
 
 class Exp(NamedTuple):
-    """exp(lv / 2) and what expm1 needs; n == 0 means that lv is near 0, and there q2 = expm1(lv / 2) - lv / 2."""
+    """exp(lv / 2) and what expm1 needs. If n == 0, lv is near 0 and q2 = expm1(lv / 2) - lv / 2."""
 
     sigma: Any
     d: Any  # expm1(lv / 2)
@@ -48,7 +48,7 @@ class Exp(NamedTuple):
 
 @triton.jit
 def exp_half(lv):
-    """exp(lv / 2) and expm1(lv / 2), each to full relative accuracy."""
+    """Compute exp(lv / 2) and expm1(lv / 2), each to full relative accuracy."""
     if lv.dtype == tl.float64:
         half = lv * 0.5
         sigma = tl.exp(half)
@@ -77,13 +77,13 @@ def expm1(x):
 
 @triton.jit
 def expm1_twice(e):
-    """expm1(lv), from e = exp_half(lv)."""
+    """Compute expm1(lv) from e = exp_half(lv)."""
     return fma(e.d, e.sigma, e.d)
 
 
 @triton.jit
 def expm1_minus(e, lv):
-    """expm1(lv) - lv without the cancellation near 0, from e = exp_half(lv)."""
+    """Compute expm1(lv) - lv without the cancellation near 0, from e = exp_half(lv)."""
     return fma(e.d, e.d, tl.where(e.n == 0.0, e.q2 + e.q2, fma(e.d, 2.0, -lv)))
 
 
@@ -97,7 +97,7 @@ class Split(NamedTuple):
 
 @triton.jit
 def split(u, w):
-    """The Split of u; since w = u - 1 is given, h loses nothing to the rounding of u. float32 only."""
+    """Split u. Since w = u - 1 is given, h does not suffer from the rounding of u. float32 only."""
     e = (u.to(tl.int32, bitcast=True) - 0x3F3504F3) >> 23
     scale = ((127 - e) << 23).to(tl.float32, bitcast=True)
     return Split(e.to(tl.float32), tl.fma(w, scale, scale - 1.0), scale)
@@ -105,7 +105,7 @@ def split(u, w):
 
 @triton.jit
 def log1p_poly(h):
-    """The polynomial p for which h - log1p(h) = h * h * p(h). float32 only."""
+    """Evaluate the polynomial p with h - log1p(h) = h * h * p(h). float32 only."""
     return horner(
         h,
         (7.656288147e-2, -0.1275399923, 0.1315043867, -0.1420175880, 0.1662365347,
@@ -118,13 +118,13 @@ LN2_HI, LN2_LO = tl.constexpr(0.693145752), tl.constexpr(1.42860677e-6)  # e * L
 
 @triton.jit
 def log_split(e, h):
-    """log(2^e (1 + h)). float32 only."""
+    """Compute log(2^e (1 + h)). float32 only."""
     return tl.fma(e, LN2_HI, tl.fma(e, LN2_LO, tl.fma(-(h * h), log1p_poly(h), h)))
 
 
 @triton.jit
 def minus_log1p(f):
-    """f - log1p(f), without the cancellation near 0."""
+    """Compute f - log1p(f) without the cancellation near 0."""
     if f.dtype == tl.float64:
         s = f / (2.0 + f)  # log1p(f) = 2 (s + s^3 / 3 + s^5 / 5 + ...)
         w = s * s
@@ -139,7 +139,7 @@ def minus_log1p(f):
 
 @triton.jit
 def log1p(w):
-    """log1p of a finite w >= 0."""
+    """Compute log1p of a finite w >= 0."""
     if w.dtype == tl.float64:
         return w - minus_log1p(w)
     else:
@@ -162,7 +162,7 @@ def log(u):
 
 @triton.jit
 def log_ratio(a, b, q):
-    """log q for q = a / b, even if q is too small to have all its digits."""
+    """Compute log q for q = a / b, even if q is so small that it has lost digits."""
     if q.dtype == tl.float64:
         tiny = q < 1.1830521861667747e-271
         return tl.log(tl.where(tiny, a, q)) - tl.log(tl.where(tiny, b, 1.0))
@@ -177,13 +177,13 @@ class Softplus(NamedTuple):
     slope: Any
 
 
-# From here on, exp(-|x|) is subnormal: softplus and its slope stay as they are.
+# Beyond this |x|, exp(-|x|) is subnormal; softplus and its slope keep their value there.
 EXP_UNDERFLOW, EXP_UNDERFLOW_64 = tl.constexpr(87.336), tl.constexpr(708.0)
 
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)) and its slope."""
+    """Compute log(1 + exp(x)) and its slope."""
     LAST: tl.constexpr = EXP_UNDERFLOW_64 if x.dtype == tl.float64 else EXP_UNDERFLOW
     size = tl.abs(x)
     t = exp_half(-2.0 * tl.where(size > LAST, LAST, size)).sigma
@@ -193,7 +193,7 @@ def softplus(x):
 
 @triton.jit
 def softplus_difference(x, sx, hi, lo, sy):
-    """softplus(x) - softplus(y) for y = hi + lo, in float32 without the cancellation if they are close."""
+    """Compute softplus(x) - softplus(y) for y = hi + lo, in float32 without the cancellation if they are close."""
     if x.dtype == tl.float64:
         return sx.value - sy.value
     else:

@@ -1,7 +1,7 @@
 """One element of the latent layer: sigma, the KL and their derivatives. The C++ kernels use the same names.
 
-The posterior is N(mu, sigma^2), and sigma is a function of x that PARAM names. The prior is N(mu_p, sigma_p^2) with
-sigma_p the same function of x_p, or N(0, 1) if PRIOR is false; mu_p and x_p may then be anything.
+The posterior is N(mu, sigma^2), and PARAM selects the function that gives sigma from x. The prior is
+N(mu_p, sigma_p^2) with sigma_p the same function of x_p. If PRIOR is false, it is N(0, 1), and mu_p and x_p are unused.
 """
 
 from typing import Any, NamedTuple
@@ -26,13 +26,13 @@ from .elementary import (
     softplus_difference,
 )
 
-LOGVAR, LOGSTD, STD, SOFTPLUS = (tl.constexpr(i) for i in range(4))  # PARAM, in the order of checks.PARAMS
+LOGVAR, LOGSTD, STD, SOFTPLUS = (tl.constexpr(i) for i in range(4))  # PARAM, in the order of ops/latent/arguments.py
 
 
 class Options(NamedTuple):
-    """What a call asks for, as compile-time constants."""
+    """The options of a call, as compile-time constants."""
 
-    FLOAT64: bool  # the arithmetic is in float64; else in float32
+    FLOAT64: bool  # whether the arithmetic is in float64 or float32
     PARAM: int
     MIN_STD: float
     UNIT_HI: float  # softplus(unit) + MIN_STD = 1: unit in two parts of the arithmetic's dtype, and the slope there
@@ -88,29 +88,31 @@ def clamp(x, OPTIONS: tl.constexpr):
 @triton.jit
 def from_log(scale: tl.constexpr, mu, lv, mu_p, lvp, PRIOR: tl.constexpr):
     """lv = 2 log sigma, lvp = 2 log sigma_p; scale is the derivative of log sigma."""
+    FLOAT64: tl.constexpr = lv.dtype == tl.float64
     posterior = exp_half(lv)
-    e = posterior
-    d = lv
-    delta = mu
-    dkl_mu = mu
     if PRIOR:
-        FLOAT64: tl.constexpr = lv.dtype == tl.float64
-        LOW: tl.constexpr = -1400.0 if FLOAT64 else -170.0
-        HIGH: tl.constexpr = 1400.0 if FLOAT64 else 175.0
         d = lv - lvp
         e = exp_half(d)
-        quarter = -0.5 * lvp
-        root = exp_half(tl.where(quarter < LOW, LOW, tl.where(quarter > HIGH, HIGH, quarter))).sigma
-        delta = (mu - mu_p) * root * root  # root^2 is 1 / sigma_p, which as a number may be 0 or infinite
-        dkl_mu = delta * root * root
+    else:
+        d = lv
+        e = posterior
     em1 = expm1_twice(e)
     k = expm1_minus(e, d)
-    if PRIOR and lv.dtype == tl.float32:
+    if PRIOR and not FLOAT64:
         back = d - lv
         rest = (lv - (d - back)) - (lvp + back)  # d + rest is lv - lvp exactly
         finite = tl.abs(d) < 88.72  # beyond, em1 is infinite or -1, and rest may be NaN
         k = tl.where(finite, tl.fma(em1, rest, k), k)
         em1 = tl.where(finite, tl.fma(em1, rest, em1 + rest), em1)
+    if PRIOR:
+        LOW: tl.constexpr = -1400.0 if FLOAT64 else -170.0
+        HIGH: tl.constexpr = 1400.0 if FLOAT64 else 175.0
+        quarter = -0.5 * lvp
+        root = exp_half(tl.where(quarter < LOW, LOW, tl.where(quarter > HIGH, HIGH, quarter))).sigma
+        delta = (mu - mu_p) * root * root  # root^2 is 1 / sigma_p, which as a number may be 0 or infinite
+        dkl_mu = delta * root * root
+    else:
+        delta, dkl_mu = mu, mu
     kl2 = fma(delta, delta, k)
     dkl_xp = scale * fma(-delta, delta, -em1)
     return Element(posterior.sigma, kl2, scale * posterior.sigma, scale * em1, dkl_mu, dkl_xp)
@@ -118,7 +120,10 @@ def from_log(scale: tl.constexpr, mu, lv, mu_p, lvp, PRIOR: tl.constexpr):
 
 @triton.jit
 def from_std(mu, s, mu_p, p, r, PRIOR: tl.constexpr):
-    """s and p: sigma, sigma_p and their slopes. A slope is divided by its sigma last, in case both are tiny."""
+    """Make the element from s and p, which are sigma and sigma_p with their slopes.
+
+    A slope is divided by its sigma last, in case both are tiny.
+    """
     HUGE: tl.constexpr = 3.273390607896142e150 if mu.dtype == tl.float64 else 4.611686018427388e18
     g = minus_log1p(r.f)
     above = fma(r.f, r.f, g + g)

@@ -12,19 +12,19 @@ from .tiles import Operand
 
 
 def compiler() -> str:
-    """Who compiles the kernels: "cuda", "hip" or "other"; "" if they are interpreted."""
+    """Return who compiles the kernels: "cuda", "hip" or "other"; "" if they are interpreted."""
     if triton.knobs.runtime.interpret:
         return ""
     return "hip" if torch.version.hip else "cuda" if torch.version.cuda else "other"
 
 
 def device_guard(device: torch.device) -> Any:
-    """Makes the tensor's device the current one, as a launch needs."""
+    """Make the tensor's device the current one, as a launch needs."""
     return torch.get_device_module(device).device(device) if device.type != "cpu" else contextlib.nullcontext()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:
-    """Every launch of the package goes through here."""
+    """Launch a kernel. Every launch of the package goes through here."""
     with device_guard(device):
         kernel[grid](*arguments, **constants)
 

@@ -11,14 +11,14 @@ from .elementary import horner
 
 @triton.jit
 def low_high(x):
-    """The two 32-bit halves of a 64-bit integer."""
+    """Return the two 32-bit halves of a 64-bit integer."""
     x = x.to(tl.uint64)
     return (x & 0xFFFFFFFF).to(tl.uint32), (x >> 32).to(tl.uint32)
 
 
 @triton.jit
 def philox4x32_10(seed, c0, c1):
-    """Four 32-bit words (Salmon et al., SC 2011): one widening multiply gives both halves of a product."""
+    """Compute four 32-bit words (Salmon et al., SC 2011). One widening multiply gives both halves of a product."""
     c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0)
     k0, k1 = low_high(seed)
     for _ in tl.static_range(10):
@@ -33,7 +33,10 @@ def philox4x32_10(seed, c0, c1):
 
 @triton.jit
 def sqrt_rn(x, INLINE_PTX: tl.constexpr):
-    """sqrt, correctly rounded. INLINE_PTX: what ptxas makes of sqrt.rn, without its branch for tiny and infinite x."""
+    """Compute the correctly rounded square root.
+
+    INLINE_PTX selects the code that ptxas makes of sqrt.rn, without its branch for tiny and infinite x.
+    """
     if INLINE_PTX:
         return tl.inline_asm_elementwise(
             """{ .reg .f32 y, s, h, e;
@@ -51,7 +54,7 @@ def sqrt_rn(x, INLINE_PTX: tl.constexpr):
 
 @triton.jit
 def box_muller(x, y, INLINE_PTX: tl.constexpr = False):
-    """Two words to two normals: r(x) cos t(y), r(x) sin t(y)."""
+    """Turn two words into two normals, r(x) cos t(y) and r(x) sin t(y)."""
     xi = x.to(tl.int32, bitcast=True)
     upper = xi < 0
     v = tl.fma(xi.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
@@ -82,7 +85,7 @@ def normals(
     COUNTER_32BIT: tl.constexpr = False,
     INLINE_PTX: tl.constexpr = False,
 ):
-    """The normals [ROWS, BLOCK] of consecutive counters; seed and first_counter are scalars or [ROWS, 1]."""
+    """Draw the normals [ROWS, BLOCK] of consecutive counters; seed and first_counter are scalars or [ROWS, 1]."""
     i = tl.arange(0, BLOCK // 4)[None, :] + tl.zeros([ROWS, 1], tl.int32)
     if COUNTER_32BIT:
         low = first_counter.to(tl.uint32) + i.to(tl.uint32)
@@ -97,7 +100,7 @@ def normals(
 
 @triton.jit
 def normal_at(seed, index, INLINE_PTX: tl.constexpr):
-    """The normal of each index; each evaluates its own counter, so this costs four times what `normals` does."""
+    """Draw the normal of each index. Each evaluates its own counter, so this costs four times as much as `normals`."""
     word = index % 4
     low, high = low_high(index // 4)
     x0, x1, x2, x3 = philox4x32_10(seed, low, high)

@@ -1,7 +1,7 @@
-"""Plans a launch on the host: coalesces strides, packs short rows, chooses the tile, proves what a kernel may assume.
+"""Plans a launch on the host: coalesces strides, packs short rows, chooses tiles, proves what a kernel may assume.
 
-A LaunchKey describes a launch without its pointers and seeds. plan_launch makes a Plan from it and from nothing else,
-so plans are kept and found by their keys. run_time_numbers gives the grid and the sizes of a launch.
+A LaunchKey describes a launch without its pointers and seeds. plan_launch makes a Plan from nothing but the key, so
+plans are cached by their keys. run_time_numbers gives the grid and the sizes of a launch.
 """
 
 import math
@@ -20,7 +20,7 @@ GRID_2D_WIDTH = 2**30  # programs along x of a grid that has more
 
 
 class TileConfig(NamedTuple):
-    """The size of a program: fixed for a kind of device, so that results and the time of a first call are fixed too."""
+    """The size of a program. It is not tuned at run time, so results and the time of a first call do not vary."""
 
     block_elements: int
     block_elements_float64: int
@@ -33,7 +33,7 @@ HIP = TileConfig(2048, 512, 4, None)
 
 
 class View(NamedTuple):
-    """What a plan depends on of a tensor."""
+    """The properties of a tensor that a plan depends on."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -51,7 +51,7 @@ def views_of(tensors: Sequence[Tensor | None]) -> tuple[View | None, ...]:
 
 
 class LaunchKey(NamedTuple):
-    """All that a plan depends on."""
+    """Everything that a plan depends on."""
 
     kernel: str  # "randn", "forward" or "backward"
     compiler: str  # "cuda", "hip" or "other"; "" if the kernels are interpreted
@@ -59,17 +59,17 @@ class LaunchKey(NamedTuple):
     numel: int
     samples: int
     seeds: int
-    kl_numel: int | None  # how many sums of KL there are; None: no KL, or an elementwise one
+    kl_numel: int | None  # the number of KL sums; None: no KL, or an elementwise one
     noise_source: str  # "none", "tensor" or "seed"
     param: str
     has_prior: bool
-    operands: tuple[View | None, ...]  # read or written by their strides
+    operands: tuple[View | None, ...]  # read or written through their strides
     other_tensors: tuple[View | None, ...]  # contiguous
     sample_stride: int  # between the samples of dz
 
 
 class Strides(NamedTuple):
-    """As of tiles.Operand. copied: the tensor has to be made contiguous first."""
+    """The strides of a tiles.Operand. copied: the tensor has to be made contiguous first."""
 
     outer: int
     row: int
@@ -78,7 +78,7 @@ class Strides(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The rows of a launch: each lies in one run of every operand, has one seed, and one KL unless rows are packed."""
+    """The rows of a launch. Each lies in one run of every operand and has one seed, and one KL unless it is packed."""
 
     numel: int
     rows: int
@@ -123,7 +123,7 @@ class Run(NamedTuple):
 
 
 def coalesce(view: View) -> Run:
-    """The runs of a tensor; one with more than two levels of stride has to be copied."""
+    """Return the runs of a tensor. A tensor with more than two levels of stride has to be copied."""
     levels: list[tuple[int, int]] = []
     for size, stride in zip(view.shape, view.stride, strict=True):
         if size == 1:
@@ -152,7 +152,7 @@ def strides_of(run: Run, numel: int, cols: int, rows_per_outer: int) -> Strides:
 
 
 def make_layout(key: LaunchKey) -> Layout:
-    """Rows as long as the operands' runs, the seeds and the sums of KL allow."""
+    """Make rows as long as the operands' runs, the seeds and the KL sums allow."""
     numel = key.numel
     runs = [None if view is None else coalesce(view) for view in key.operands]
     sizes = [run.size for run in runs if run is not None and run.size != numel]
@@ -165,7 +165,7 @@ def make_layout(key: LaunchKey) -> Layout:
 
 
 def pack_short_rows(layout: Layout, block_elements: int) -> Layout:
-    """Packs short rows, each with a KL of its own, into rows that fill a tile."""
+    """Pack short rows, each with its own KL, into rows that fill a tile."""
     for multiple in (16, 8, 4):  # of elements, so that vectors and groups of four stay whole
         unit = multiple // math.gcd(multiple, layout.cols)
         count = min(block_elements // layout.cols // unit * unit, layout.rows)
@@ -197,7 +197,7 @@ def noise_mode(key: LaunchKey, layout: Layout) -> int:
 
 
 def vector_size(key: LaunchKey, layout: Layout) -> int:
-    """The most elements, up to 16 bytes, at multiples of which every row of every tensor starts and ends."""
+    """Return the widest vector, up to 16 bytes, at multiples of which every row of every tensor starts and ends."""
     sizes = [layout.cols, layout.numel, key.sample_stride]
     if layout.packed_strided:
         sizes.append(layout.row_len)
@@ -218,7 +218,7 @@ def vector_size(key: LaunchKey, layout: Layout) -> int:
 
 
 def make_tiling(key: LaunchKey, layout: Layout, block_elements: int) -> tuple[Tiling, int]:
-    """The tile, what holds for all of its elements, and the number of chunks to a row."""
+    """Return the tiling and the number of chunks to a row."""
     noise = noise_mode(key, layout)
     unaligned = noise == tiles.NOISE_UNALIGNED.value
     positions = layout.cols + 3 * unaligned
@@ -258,7 +258,7 @@ def make_tiling(key: LaunchKey, layout: Layout, block_elements: int) -> tuple[Ti
 
 
 def register_limit(key: LaunchKey, tiling: Tiling, config: TileConfig) -> int | None:
-    """The plain forward kernel in half precision would take more registers than its occupancy allows."""
+    """Limit the registers of the plain forward kernel in half precision, which would else lower its occupancy."""
     plain = key.kernel == "forward" and key.noise_source != "none" and not key.has_prior
     plain = plain and key.param in ("logvar", "logstd") and not tiling.PER_ITEM_SEED
     limited = plain and key.dtype.itemsize == 2 and tiling.VEC == 8 and key.compiler == "cuda"
@@ -271,7 +271,7 @@ def plan_launch(key: LaunchKey) -> Plan:
     layout = make_layout(key)
     block_elements = config.block_elements_float64 if key.dtype == torch.float64 else config.block_elements
     if key.param == "softplus" and key.has_prior and key.compiler != "hip":
-        block_elements //= 2  # or registers spill
+        block_elements //= 2  # else registers spill
     short = key.kl_numel == layout.rows > 1 and layout.rows_per_outer == 1 and key.seeds == 1
     if short and (key.noise_source != "seed" or key.samples == 1 or key.numel % 4 == 0):
         layout = pack_short_rows(layout, block_elements)
@@ -283,7 +283,7 @@ def plan_launch(key: LaunchKey) -> Plan:
 
 
 class Numbers(NamedTuple):
-    """The run-time half of a launch, but for pointers and seeds."""
+    """The run-time half of a launch, except pointers and seeds."""
 
     grid: tuple[int, ...]
     rows: int

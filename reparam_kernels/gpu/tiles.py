@@ -1,10 +1,10 @@
-"""Tiles: which elements a program has, where they lie in memory, what their noise is.
+"""Tiles: the elements of a program, their addresses and their noise.
 
 A kernel sees rows x cols elements and gives each program a tile of ROWS x BLOCK positions. Since one Philox counter
 makes four normals, a tile starts with a whole group of four: if the noise of a row starts inside a group, the first
 group_offset positions belong to the row before and are masked off.
 
-If every short row has a KL of its own, PACKED_ROWS rows of ROW_LEN columns form one row of the kernel.
+If every short row has its own KL, PACKED_ROWS rows of ROW_LEN columns form one row of the kernel.
 """
 
 from typing import Any, NamedTuple
@@ -14,16 +14,16 @@ import triton.language as tl
 
 from .philox import normal_at, normals
 
-# NOISE, how eps is made: not at all; loaded from the caller's tensor; in groups of four that start with each row; in
-# groups that start before it; element by element, if the samples of a row start at different places of a group.
+# NOISE says how eps is made: not at all; loaded from the caller's tensor; in groups of four that start with each row;
+# in groups that may start before it; element by element, if the samples of a row start at different places of a group.
 NOISE_NONE, NOISE_FROM_TENSOR, NOISE_ALIGNED, NOISE_UNALIGNED, NOISE_PER_ELEMENT = (tl.constexpr(i) for i in range(5))
-# GRID, what a program's number means: a block of rows; a chunk of the only row; a block of rows and a chunk; the same
-# in a grid of two dimensions, if x cannot hold all programs.
+# GRID says what a program id means: a block of rows; a chunk of the only row; a block of rows and a chunk; the same in
+# a 2-D grid, if x cannot hold all programs.
 GRID_ROWS, GRID_CHUNKS, GRID_BOTH, GRID_2D = (tl.constexpr(i) for i in range(4))
 
 
 class Operand(NamedTuple):
-    """A tensor by rows. Row r starts at r // rows_per_outer * outer_stride + r % rows_per_outer * row_stride."""
+    """A tensor, read by rows. Row r starts at r // rows_per_outer * outer_stride + r % rows_per_outer * row_stride."""
 
     ptr: Any
     outer_stride: int
@@ -32,7 +32,7 @@ class Operand(NamedTuple):
 
 
 class GradStrides(NamedTuple):
-    """The strides of rows, as of an Operand; columns are contiguous."""
+    """The row strides of an Operand with contiguous columns."""
 
     outer_stride: int
     row_stride: int
@@ -55,13 +55,13 @@ class Tiling(NamedTuple):
     ROWS: int
     BLOCK: int
     GRID: int
-    VEC: int  # rows start and end at multiples of so many elements, in memory too
+    VEC: int  # rows start and end at multiples of this many elements, in memory too
     EVEN: bool  # every position holds an element
     OFFSET_32BIT: bool  # offsets within a tile fit 32 bits
     COUNTER_32BIT: bool  # each seed has fewer than 2^34 elements
     NOISE: int
     PER_ITEM_SEED: bool
-    INLINE_PTX: bool  # the compiler takes NVIDIA's assembly
+    INLINE_PTX: bool  # the compiler takes PTX
     HAS_OUTER_STRIDE: bool  # rows_per_outer > 1
     ROW_LEN: int  # 0: rows are not packed
     PACKED_ROWS: int
@@ -83,7 +83,7 @@ class Tile(NamedTuple):
 
 @triton.jit
 def locate(rows, chunks, TILING: tl.constexpr):
-    """A program's first row, its chunk of the columns, and the chunk's first column."""
+    """Return a program's first row, its chunk of the columns, and the chunk's first column."""
     pid = tl.program_id(0)
     if TILING.GRID == GRID_ROWS:
         block, chunk = pid, 0 * pid
@@ -101,7 +101,7 @@ def locate(rows, chunks, TILING: tl.constexpr):
 
 @triton.jit
 def divmod_rows(row, size, TILING: tl.constexpr):
-    """row // size and row % size, in 32 bits if they fit, because 64-bit division is a subroutine."""
+    """Return row // size and row % size, in 32 bits if they fit, because 64-bit division is a subroutine."""
     if TILING.OFFSET_32BIT:
         row = row.to(tl.int32)
     return (row // size).to(tl.int64), (row % size).to(tl.int64)
@@ -109,7 +109,7 @@ def divmod_rows(row, size, TILING: tl.constexpr):
 
 @triton.jit
 def seed_of(row, shape, TILING: tl.constexpr):
-    """Which seed a row has, and its number among the rows of that seed."""
+    """Return the index of a row's seed, and the row's index among the rows of that seed."""
     if TILING.PER_ITEM_SEED:
         return divmod_rows(row, shape.rows_per_seed, TILING)
     else:
@@ -118,7 +118,7 @@ def seed_of(row, shape, TILING: tl.constexpr):
 
 @triton.jit
 def make_tile(rows, total, shape, TILING: tl.constexpr):
-    """The tile of this program."""
+    """Make the tile of this program."""
     first_row, chunk, first_col = locate(rows, shape.chunks, TILING)
     row = tl.arange(0, TILING.ROWS)[:, None]
     if not TILING.OFFSET_32BIT:
@@ -146,7 +146,7 @@ def make_tile(rows, total, shape, TILING: tl.constexpr):
 
 @triton.jit
 def row_pointers(ptr, row_stride, col_stride, packed_stride, tile, TILING: tl.constexpr):
-    """A 64-bit base and offsets within the tile. packed_stride: from one packed row to the next; None: contiguous."""
+    """Add offsets within the tile to a 64-bit base. packed_stride is that of packed rows; None: contiguous."""
     offset = tl.multiple_of(tile.row * row_stride, [TILING.VEC, TILING.VEC]) + tile.col * col_stride
     if TILING.PACKED_STRIDED and packed_stride is not None:
         # the hint has to be on an operation of this function: one on an argument is lost
@@ -159,7 +159,7 @@ def row_pointers(ptr, row_stride, col_stride, packed_stride, tile, TILING: tl.co
 
 @triton.jit
 def pointers(o, tile, shape, TILING: tl.constexpr):
-    """Pointers to a tile's elements of an operand."""
+    """Return pointers to a tile's elements of an operand."""
     if TILING.HAS_OUTER_STRIDE:
         a, b = divmod_rows(tile.first_row + tile.row, shape.rows_per_outer, TILING)
         offset = a * o.outer_stride + b * o.row_stride + tile.first_col * o.col_stride
@@ -170,13 +170,13 @@ def pointers(o, tile, shape, TILING: tl.constexpr):
 
 @triton.jit
 def contiguous_pointers(ptr, tile, shape, TILING: tl.constexpr):
-    """Pointers to a tile's elements of a contiguous tensor [rows, cols]."""
+    """Return pointers to a tile's elements of a contiguous tensor [rows, cols]."""
     return row_pointers(ptr, shape.cols, 1, None, tile, TILING)
 
 
 @triton.jit
 def load(ptr, mask, FLOAT64: tl.constexpr):
-    """Elements in the dtype of the arithmetic; masked-off positions are undefined."""
+    """Load elements in the dtype of the arithmetic. Masked-off positions are undefined."""
     value = tl.load(ptr, mask=mask)
     return value.to(tl.float64) if FLOAT64 else value.to(tl.float32)
 
@@ -188,7 +188,7 @@ def store(ptr, value, mask):
 
 @triton.jit
 def noise(seed_ptr, eps_ptr, sample, tile, total, shape, FLOAT64: tl.constexpr, TILING: tl.constexpr):
-    """eps of one sample, a 64-bit number: the caller's, or made here."""
+    """Load or make the eps of one sample, whose index is 64-bit."""
     if TILING.NOISE == NOISE_FROM_TENSOR:
         ptr = eps_ptr + tl.multiple_of(sample * total, TILING.VEC)
         return load(contiguous_pointers(ptr, tile, shape, TILING), tile.mask, FLOAT64)
@@ -210,7 +210,7 @@ def noise(seed_ptr, eps_ptr, sample, tile, total, shape, FLOAT64: tl.constexpr, 
 
 @triton.jit
 def sum_packed_rows(k, TILING: tl.constexpr):
-    """The sum of each packed row in a tile of one row, padded to a power of two of sums."""
+    """Sum each packed row of a tile. The number of sums is padded to a power of two."""
     UNIT: tl.constexpr = 4 if TILING.ROW_LEN % 4 == 0 else 2 if TILING.ROW_LEN % 2 == 0 else 1
     N: tl.constexpr = TILING.ROW_LEN // UNIT
     WIDTH: tl.constexpr = triton.next_power_of_2(N)
@@ -227,13 +227,13 @@ def sum_packed_rows(k, TILING: tl.constexpr):
 
 @triton.jit
 def elements_left(tile, total, shape):
-    """How many elements the tile's row still holds."""
+    """Return how many elements the tile's row holds."""
     return tl.minimum(shape.cols, total - tile.first_row * shape.cols).to(tl.int32)
 
 
 @triton.jit
 def broadcast_packed_rows(ptr, size, TILING: tl.constexpr):
-    """The value of each packed row at all of its `size` elements, as [1, BLOCK]."""
+    """Broadcast a value of each packed row over the `size` elements of the tile, as [1, BLOCK]."""
     UNIT: tl.constexpr = TILING.VEC if TILING.ROW_LEN % TILING.VEC == 0 else 1
     first = tl.arange(0, TILING.BLOCK // UNIT) * UNIT
     value = tl.load(ptr + first // TILING.ROW_LEN, mask=first < size)

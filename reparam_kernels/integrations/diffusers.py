@@ -1,4 +1,4 @@
-"""The posteriors of diffusers' autoencoders, with their noise or ours, over the fused KL."""
+"""The posteriors of diffusers' autoencoders, with diffusers' noise or ours, over the fused KL."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ Generators = torch.Generator | list[torch.Generator] | tuple[torch.Generator, ..
 
 
 class Posterior:
-    """What the classes share: the packed parameters, the two noises, sample and mode."""
+    """The base of the classes: the packed parameters, the two noises, sample and mode."""
 
     mean: Tensor
     std: Any
@@ -56,7 +56,7 @@ class Posterior:
         return randn(self.mean.shape, generator, self.mean.device, self.mean.dtype)
 
     def sample(self, generator: Generators = None, *, seed: int | Tensor | None = None) -> Tensor:
-        """z; seed, for the "philox" noise, instead of a generator: one for all, or one for each item."""
+        """Draw z. The "philox" noise also takes `seed` instead of a generator: one for all, or one for each item."""
         if seed is not None and self.noise == "torch":
             raise ValueError(
                 f'{type(self).__name__}.sample: seed goes with noise="philox"; got noise="torch". '
@@ -75,34 +75,35 @@ class Posterior:
         return self.mean
 
     def _zero(self, *shape: int) -> Tensor:
-        """The KL of a deterministic posterior: theirs is one zero on the CPU."""
+        """Return the KL of a deterministic posterior. That of diffusers is one zero on the CPU."""
         if not self.fix_upstream_bugs:
             return torch.zeros(1, device="cpu")
         return self.mean.new_zeros(shape, dtype=compute_dtype(self.mean.dtype))
 
 
 class DiagonalGaussianDistribution(Posterior):
-    """The posterior of diffusers' AutoencoderKL and its kin, the moments packed along a dim.
+    """The posterior of diffusers' AutoencoderKL and similar models, with the moments packed along a dim.
 
         z = mean + std * noise,  logvar clamped to [-30, 20],  kl = KL(N(mean, var) || N(0, I) or other)
 
-    The whole surface of diffusers' class: parameters, mean, logvar, std, var, deterministic, sample, mode, kl, nll.
-    logvar, std and var are computed when they are read; kl and nll are float32 for the half dtypes, where theirs
-    overflow.
+    It has all members of diffusers' class: parameters, mean, logvar, std, var, deterministic, sample, mode, kl, nll.
+    logvar, std and var are computed when they are read. kl and nll are float32 for the half dtypes, in which those of
+    diffusers overflow.
 
     Args:
         parameters: encoder output, mean and logvar stacked along chunk_dim; float16, bfloat16, float32 or float64.
-        deterministic: std and var are zero, so that sample gives the mean.
-        chunk_dim: theirs is 1.
+        deterministic: std and var are zero, so that sample returns the mean.
+        chunk_dim: the dim of the moments; 1 in diffusers.
         noise: "torch" draws what diffusers' class draws and gives the same z to the bit; "philox" draws one seed for
-            each item and stores no noise. sample takes one generator, a list with one for each item, or a CPU generator
-            for a tensor on a GPU in both.
-        fix_upstream_bugs: False keeps theirs: kl and nll sum over dims 1 to 3 whatever the rank (5-D gives (B, W), 3-D
-            raises), a deterministic posterior's are torch.zeros(1) on the CPU. True sums over all but the first dim.
+            each item and stores no noise. With both, sample takes one generator, a list with one for each item, or a
+            CPU generator for a tensor on a GPU.
+        fix_upstream_bugs: False keeps the behaviour of diffusers: kl and nll sum over dims 1 to 3 whatever the rank
+            (5-D gives (B, W), 3-D raises), and those of a deterministic posterior are torch.zeros(1) on the CPU. True
+            sums over all but the first dim.
 
     Raises:
-        TypeError, ValueError: a dtype that is not one of the four, an unknown noise.
-        IndexError: kl and nll of fewer than four dims, unless fix_upstream_bugs is True.
+        TypeError, ValueError: if the dtype is not one of the four, or the noise is unknown.
+        IndexError: at kl and nll of fewer than four dims, unless fix_upstream_bugs is True.
 
     Source:
         Kingma and Welling, "Auto-Encoding Variational Bayes", 2014; Rombach et al., "High-Resolution Image Synthesis
@@ -134,7 +135,7 @@ class DiagonalGaussianDistribution(Posterior):
         )
 
     def _mean_only(self) -> bool:
-        return self.deterministic and (self.fix_upstream_bugs or self.noise == "philox")  # theirs draws all the same
+        return self.deterministic and (self.fix_upstream_bugs or self.noise == "philox")  # diffusers draws nevertheless
 
     def _dims(self, method: str) -> tuple[int, ...]:
         ndim = self.mean.dim()
@@ -149,7 +150,7 @@ class DiagonalGaussianDistribution(Posterior):
         return (1, 2, 3)
 
     def kl(self, other: Any = None) -> Tensor:
-        """KL(self || other), other being N(0, I), one of this class or of theirs; gradients to both."""
+        """Compute KL(self || other), with gradients to both; other is N(0, I), of this class or of diffusers' class."""
         if self.deterministic:
             return self._zero(self.mean.shape[0])
         dims = self._dims("kl")
@@ -169,12 +170,12 @@ class DiagonalGaussianDistribution(Posterior):
         return kl if event_ndim is None else kl.sum(dims)
 
     def nll(self, sample: Tensor, dims: Any = None) -> Tensor:
-        """-log N(sample; mean, var), summed over dims, by default those of kl; plain torch."""
+        """Compute -log N(sample; mean, var) in plain torch, summed over dims, by default those of kl."""
         if self.deterministic:
             return self._zero(self.mean.shape[0])
-        wide = compute_dtype(self.mean.dtype)
-        logvar = self.logvar.to(wide)
-        squares = (sample.to(wide) - self.mean.to(wide)) ** 2 * torch.exp(-logvar)
+        dtype = compute_dtype(self.mean.dtype)
+        logvar = self.logvar.to(dtype)
+        squares = (sample.to(dtype) - self.mean.to(dtype)) ** 2 * torch.exp(-logvar)
         return 0.5 * torch.sum(
             math.log(2 * math.pi) + logvar + squares, dim=self._dims("nll") if dims is None else tuple(dims)
         )
@@ -185,15 +186,15 @@ class OobleckDiagonalGaussianDistribution(Posterior):
 
         z = mean + std * noise,  std = softplus(scale) + 1e-4
 
-    The whole surface of diffusers' class: parameters, mean, scale, std, var, logvar, deterministic, sample, kl, mode.
+    It has all members of diffusers' class: parameters, mean, scale, std, var, logvar, deterministic, sample, kl, mode.
 
     Args:
         parameters, chunk_dim, noise: as for DiagonalGaussianDistribution.
         deterministic: see fix_upstream_bugs.
-        fix_upstream_bugs: False keeps theirs: kl is twice the divergence, kl(other) adds log(var / other.var) where the
-            divergence subtracts it, and a deterministic posterior still samples and has torch.zeros(1) for its kl. True
-            gives the divergence in nats, and the mean for a deterministic sample. Either way kl sums the channels and
-            takes the mean of the rest.
+        fix_upstream_bugs: False keeps the behaviour of diffusers: kl is twice the divergence, kl(other) adds
+            log(var / other.var), which the divergence subtracts, and a deterministic posterior still samples and has
+            torch.zeros(1) for its kl. True gives the divergence in nats, and the mean for a deterministic sample. In
+            both cases kl sums over the channels and takes the mean of the rest.
 
     Raises:
         TypeError, ValueError: as DiagonalGaussianDistribution.
@@ -234,7 +235,7 @@ class OobleckDiagonalGaussianDistribution(Posterior):
         return self.deterministic and self.fix_upstream_bugs
 
     def kl(self, other: Any = None) -> Tensor:
-        """The divergence from N(0, I) or other, one of this class or of theirs; a scalar."""
+        """Compute the divergence from N(0, I) or from other, of this class or of diffusers' class; a scalar."""
         if self.deterministic:
             return self._zero()
         places = self.mean.numel() // self.mean.shape[self.chunk_dim]
@@ -253,36 +254,36 @@ class OobleckDiagonalGaussianDistribution(Posterior):
         if self.fix_upstream_bugs:
             return kl
         log_std, log_std_p = (torch.log(softplus(x.to(kl.dtype)) + 1e-4) for x in (self._x, other.scale))
-        twist: Tensor = (log_std - log_std_p).sum(self.chunk_dim).mean()
-        return 2 * kl + 4 * twist  # the log of var / other.var, its sign the wrong way round
+        log_ratio: Tensor = (log_std - log_std_p).sum(self.chunk_dim).mean()
+        return 2 * kl + 4 * log_ratio  # diffusers adds log(var / other.var) with the wrong sign
 
 
 def randn(shape: torch.Size, generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """torch.randn on the generator's device, as diffusers' randn_tensor: a list draws one item with each."""
+    """Draw torch.randn on the generator's device, as diffusers' randn_tensor does. A list draws one item with each."""
     if isinstance(generator, (list, tuple)):
         if len(generator) == 1:
             generator = generator[0]
         else:
-            enough(generator, shape[0])
+            check_count(generator, shape[0])
             items = [randn(torch.Size((1, *shape[1:])), g, device, dtype) for g in generator[: shape[0]]]
             return torch.cat(items)
-    return torch.randn(shape, generator=generator, device=drawn_on(generator, device), dtype=dtype).to(device)
+    return torch.randn(shape, generator=generator, device=drawing_device(generator, device), dtype=dtype).to(device)
 
 
 def item_seeds(count: int, generator: Generators, device: torch.device) -> Tensor:
-    """One seed for each item: from one generator, or each from its own."""
+    """Draw one seed for each item, from one generator or each from its own."""
     if isinstance(generator, (list, tuple)):
         if len(generator) == 1:
             generator = generator[0]
         else:
-            enough(generator, count)
+            check_count(generator, count)
             return torch.cat([item_seeds(1, g, device) for g in generator[:count]])
-    at = drawn_on(generator, device)
+    at = drawing_device(generator, device)
     return torch.randint(2**63 - 1, (count,), generator=generator, device=at).to(device)
 
 
-def drawn_on(generator: torch.Generator | None, device: torch.device) -> torch.device:
-    """The tensor's device, or the CPU where the generator is a CPU's."""
+def drawing_device(generator: torch.Generator | None, device: torch.device) -> torch.device:
+    """Return the tensor's device, or the CPU if the generator is on the CPU."""
     if generator is None or generator.device.type == device.type:
         return device
     if generator.device.type != "cpu":
@@ -293,7 +294,7 @@ def drawn_on(generator: torch.Generator | None, device: torch.device) -> torch.d
     return generator.device
 
 
-def enough(generators: Any, count: int) -> None:
+def check_count(generators: Any, count: int) -> None:
     if len(generators) < count:
         raise ValueError(
             f"sample: a list must have a generator for each of the {count} items; got {len(generators)}. "
@@ -305,13 +306,13 @@ def patch(noise: str = "torch", fix_upstream_bugs: bool = False) -> Patch:
     """Rebind diffusers' two posteriors to these, in every module of diffusers that has them.
 
     Args:
-        noise, fix_upstream_bugs: as for DiagonalGaussianDistribution; by default every image and every quirk stays.
+        noise, fix_upstream_bugs: as for DiagonalGaussianDistribution; the default changes no image and fixes no bug.
 
     Returns:
-        A Patch: `rebound` lists the names (they are logged too); `restore()`, or leaving `with`, puts them back.
+        A Patch: `rebound` lists the names (they are logged too); `restore()`, or leaving `with`, restores them.
 
     Raises:
-        ModuleNotFoundError, RuntimeError: diffusers is not there, not of a version that this was tested with, or
+        ModuleNotFoundError, RuntimeError: if diffusers is not installed, has a version that was not tested, or is
             patched already.
 
     Example:

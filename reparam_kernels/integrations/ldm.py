@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..distributions import arithmetic_dtype, brought_together
+from ..distributions import arithmetic_dtype, to_common
 from ..ops.latent import kl_divergence
 from . import diffusers
 
@@ -11,7 +11,7 @@ __all__ = ["DiagonalGaussianDistribution", "normal_kl"]
 
 
 class DiagonalGaussianDistribution(diffusers.DiagonalGaussianDistribution):
-    """As the adapter of diffusers, but the "torch" noise is float32, drawn on the CPU whatever the device, then moved.
+    """The adapter of diffusers, except that the "torch" noise is float32, drawn on the CPU and then moved.
 
         z = mean + std * torch.randn(mean.shape).to(device)
 
@@ -38,7 +38,7 @@ class DiagonalGaussianDistribution(diffusers.DiagonalGaussianDistribution):
 
 
 def normal_kl(mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | float, logvar2: Tensor | float) -> Tensor:
-    """KL(N(mean1, exp logvar1) || N(mean2, exp logvar2)), elementwise; the four broadcast, numbers are taken.
+    """Compute KL(N(mean1, exp logvar1) || N(mean2, exp logvar2)) elementwise; tensors and numbers broadcast.
 
     Args:
         mean1, logvar1, mean2, logvar2: tensors or numbers, at least one a tensor.
@@ -47,7 +47,7 @@ def normal_kl(mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | fl
         kl in nats, float32 (float64 for float64), of the broadcast shape; gradients to every tensor.
 
     Raises:
-        TypeError: no float tensor among the four.
+        TypeError: if none of the four is a float tensor.
 
     Source:
         Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", 2020, whose code brought this signature.
@@ -64,6 +64,6 @@ def normal_kl(mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | fl
     if like is None:
         raise TypeError("normal_kl: at least one argument must be a float tensor; got none. Wrap one.")
     tensors = [t if isinstance(t, Tensor) else torch.full((), t, dtype=like.dtype, device=like.device) for t in given]
-    mu, logvar, mu_p, logvar_p = brought_together(arithmetic_dtype(*tensors), *tensors)
+    mu, logvar, mu_p, logvar_p = to_common(arithmetic_dtype(*tensors), *tensors)
     shape = torch.broadcast_shapes(*(t.shape for t in (mu, logvar, mu_p, logvar_p)))  # type: ignore[no-untyped-call]
     return kl_divergence(mu.expand(shape), logvar.expand(shape), prior=(mu_p, logvar_p), event_ndim=0)

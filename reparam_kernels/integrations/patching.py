@@ -1,4 +1,4 @@
-"""Rebinds classes in every loaded module of a package, says which, and puts them back."""
+"""Rebinds classes in every loaded module of a package, logs which, and restores them."""
 
 import logging
 import sys
@@ -10,10 +10,10 @@ _patched: set[str] = set()
 
 
 class Patch:
-    """What a patch() did: `rebound` lists the names; `restore()`, or leaving the with block, puts them back.
+    """The result of a patch(): `rebound` lists the names; `restore()`, or leaving the with block, restores them.
 
-    Modules that the package loads while the patch holds are put back with the rest. Names that your own modules have
-    already imported are yours and stay as they are.
+    Modules that the package loads while it is patched are restored too. Names that your own modules have already
+    imported stay as they are.
     """
 
     def __init__(self, module: str, swaps: dict[type, type]) -> None:
@@ -28,14 +28,14 @@ class Patch:
         log.warning("%s", self)
 
     def _rebind(self, swaps: dict[type, type]) -> tuple[str, ...]:
-        found = []
+        rebound = []
         for name, module in sorted(sys.modules.items()):
             if name.partition(".")[0] == self._module:
                 for key, value in list(vars(module).items()):
                     if isinstance(value, type) and value in swaps:
                         setattr(module, key, swaps[value])
-                        found.append(f"{name}.{key}")
-        return tuple(found)
+                        rebound.append(f"{name}.{key}")
+        return tuple(rebound)
 
     def restore(self) -> None:
         if self._swaps:
@@ -54,14 +54,14 @@ class Patch:
 
 
 def require(package: str, module: str, known: tuple[str, ...]) -> None:
-    """`package`, imported as `module`, must be there in a version that its adapter was tested with."""
+    """Check that `package`, imported as `module`, is installed in a version that its adapter was tested with."""
     where = f"integrations.{module}.patch"
     try:
-        found = version(package)
+        installed = version(package)
     except PackageNotFoundError:
         raise ModuleNotFoundError(f"{where}: {package} must be installed; got no such package. Install it.") from None
-    if found not in known:
+    if installed not in known:
         raise RuntimeError(
             f"{where}: {package} must be a version that this adapter was tested with, {' or '.join(known)}; "
-            f"got {found}. Install that one, or use the adapter's class where your model is built."
+            f"got {installed}. Install that one, or use the adapter's class where your model is built."
         )

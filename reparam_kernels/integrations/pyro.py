@@ -1,4 +1,4 @@
-"""Pyro: its Normal over the fused ops."""
+"""The adapter of Pyro: its Normal over the fused ops."""
 
 from functools import lru_cache
 from typing import Any
@@ -23,7 +23,7 @@ def _normal() -> type:
 
 
 def __getattr__(name: str) -> Any:
-    """`Normal`: reparam_kernels.distributions.Normal with Pyro's methods, made when it is first asked for."""
+    """Make `Normal`, which is reparam_kernels.distributions.Normal with Pyro's methods, when it is first read."""
     if name == "Normal":
         return _normal()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -35,11 +35,11 @@ def patch() -> Patch:
     Args: none.
 
     Returns:
-        A Patch: `rebound` lists the names (they are logged too); `restore()`, or leaving `with`, puts them back.
+        A Patch: `rebound` lists the names (they are logged too); `restore()`, or leaving `with`, restores them.
 
     Raises:
-        ModuleNotFoundError, RuntimeError: pyro-ppl is not there, not of a version that this was tested with, or patched
-            already.
+        ModuleNotFoundError, RuntimeError: if pyro-ppl is not installed, has a version that was not tested, or is
+            patched already.
 
     Example:
         >>> import reparam_kernels as rk

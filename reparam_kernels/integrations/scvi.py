@@ -1,4 +1,4 @@
-"""scvi-tools: its encoders' torch Normal becomes ours."""
+"""The adapter of scvi-tools, whose encoders get our Normal in place of torch's."""
 
 from torch import distributions
 
@@ -13,16 +13,16 @@ KNOWN = ("1.4.2",)
 def patch() -> Patch:
     """Rebind torch's Normal to reparam_kernels.distributions.Normal in every loaded module of scvi.
 
-    Posteriors are made there, so that their samples and their KL are the fused ops'. A prior that scvi makes inside a
-    function, from torch itself, stays torch's; the KL with it is ours all the same.
+    scvi makes its posteriors in these modules, so their samples and their KL are fused. A prior that scvi makes inside
+    a function, from torch itself, stays torch's; the KL with it is fused nevertheless.
 
     Args: none.
 
     Returns:
-        A Patch: `rebound` lists the names (they are logged too); `restore()`, or leaving `with`, puts them back.
+        A Patch: `rebound` lists the names (they are logged too); `restore()`, or leaving `with`, restores them.
 
     Raises:
-        ModuleNotFoundError, RuntimeError: scvi-tools is not there, not of a version that this was tested with, or
+        ModuleNotFoundError, RuntimeError: if scvi-tools is not installed, has a version that was not tested, or is
             patched already.
 
     Example:

@@ -1,1 +1,1 @@
-"""The ops, a folder each: arguments and their checks, formula, CPU launch, GPU launch, public functions."""
+"""The ops. Each folder holds an op's arguments and their checks, formula, launches and public functions."""

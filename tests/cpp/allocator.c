@@ -1,5 +1,5 @@
-// For LD_PRELOAD, over glibc: memory is aligned to 16 bytes, whatever is asked for up to 64, and holds garbage when given
-// and when taken back.
+// An allocator for LD_PRELOAD, over glibc. Memory is aligned to only 16 bytes for any request up to 64. It is filled
+// with garbage when it is allocated and when it is freed.
 #include <errno.h>
 #include <malloc.h>
 #include <string.h>

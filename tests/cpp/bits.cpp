@@ -1,4 +1,4 @@
-// Runs the kernels over every option on made-up inputs and writes each output's bytes to stdout, so that two builds can
+// Runs the kernels with every option on fixed inputs and writes each output's bytes to stdout, so that two builds can
 // be compared.
 #include <cstdio>
 #include <vector>

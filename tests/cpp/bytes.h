@@ -1,4 +1,4 @@
-// What the fuzzers share: a string of bytes to take decisions from, and the tensors' sizes.
+// Shared by the fuzzers: a string of bytes that makes their decisions, and the sizes of tensors.
 #pragma once
 #include <cstdint>
 #include <cstdio>

@@ -1,7 +1,7 @@
-// The kernels on hostile calls: each input is a string of bytes that decides op, options, shapes, strides, dtypes,
-// seeds, threads and contents. Every buffer has its exact size, so that a sanitizer sees any step beyond it. Each call
-// runs for every instruction set and twice: outputs must not depend on what they held (every element is written), nor
-// on threads; memory between them and inputs must stay as they were.
+// Fuzzes the kernels. Each input is a string of bytes that decides op, options, shapes, strides, dtypes, seeds, threads
+// and contents. Every buffer has its exact size, so that a sanitizer sees any step beyond it. Each call runs twice on
+// every instruction set. Outputs must not depend on their previous contents or on threads, so every element is written;
+// gaps and inputs must not change.
 // With clang's -fsanitize=fuzzer, libFuzzer chooses the bytes. Else -DFUZZ_MAIN: `fuzz COUNT SEED`.
 #include <algorithm>
 #include <memory>
@@ -25,7 +25,7 @@ struct Tensor {
 
   size_t bytes() const { return product(shape) ? (size_t)((high - low + 1) * width(dtype)) : 0; }
 
-  // Row-major, with gaps where asked; inputs also transposed, repeated (stride 0) and backwards.
+  // Row-major, with gaps if asked; inputs also transposed, repeated (stride 0) and backwards.
   Tensor(Bytes& in, const Shape& shape, Dtype dtype, bool gaps, bool wild)
       : shape(shape), stride(shape.size()), dtype(dtype) {
     std::vector<int> order(shape.size());
@@ -59,7 +59,7 @@ struct Tensor {
     }
   }
 
-  // As the binding makes it: dims of one element dropped, neighbours merged.
+  // As the binding makes it, without dims of size 1 and with neighbouring dims merged.
   Operand operand() const {
     Operand o;
     o.data = bytes() ? memory.get() - low * width(dtype) : nullptr;
@@ -108,7 +108,7 @@ void run(Op op, const LatentArguments& a, int threads) {
   }
 }
 
-// Runs the call with outputs that hold `filling` and gives back their elements, NaNs made alike.
+// Runs the call on outputs that hold `filling` and returns their elements, with one NaN for all.
 Results results(Op op, const LatentArguments& a, int threads, std::vector<Tensor*>& outputs, uint8_t filling) {
   for (Tensor* t : outputs) std::memset(t->memory.get(), filling, t->bytes());
   run(op, a, threads);
@@ -214,11 +214,11 @@ void call(Bytes& in) {
     MUST(before[i].empty() || !std::memcmp(before[i].data(), inputs[i]->memory.get(), before[i].size()));
 }
 
-// Chunks cover all the elements, without overlap, whatever the sizes: the arithmetic alone, no memory.
+// Checks that chunks cover all elements without overlap, for any sizes; this needs no memory.
 void chunks(Bytes& in) {
-  constexpr uint64_t kMost = (uint64_t)1 << 62;  // the binding takes no more elements
+  constexpr uint64_t kMaxSpan = (uint64_t)1 << 62;  // the binding takes no more elements
   const uint64_t a = in.word() >> in.below(64), b = in.word() >> in.below(64);
-  const uint64_t cols = a % kMost + 1, rows = b % (kMost / cols) + 1;
+  const uint64_t cols = a % kMaxSpan + 1, rows = b % (kMaxSpan / cols) + 1;
   const Chunks all((int64_t)(rows * cols), (int64_t)cols);
   MUST(all.count > 0 && all.rows == (int64_t)rows && all.begin(0) == 0 &&
        all.end(all.count - 1) == all.rows * all.cols);
@@ -232,7 +232,7 @@ void chunks(Bytes& in) {
   }
 }
 
-// A window of the noise, anywhere in a stream.
+// Checks a window of the noise, anywhere in a stream.
 void window(Bytes& in) {
   const int64_t seed = (int64_t)in.word(), start = (int64_t)(in.word() >> 1 >> in.below(63));
   const int n = 1 + (int)(in.word() % kChunk);

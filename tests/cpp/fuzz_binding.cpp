@@ -1,8 +1,8 @@
-// The binding on hostile calls, by libFuzzer: CPython embedded, no torch. A valid call is made from the bytes, then up
-// to three of its arguments are spoilt. Tensors lie in heap buffers of their exact extent, with exact arrays of sizes
-// and strides; what claims more than memory holds must be refused. A call gives a result or one of five exceptions. A
-// result must not depend on what outputs held; gaps and inputs stay as they were. Left out: true tensors of 2^20 to
-// 2^62 elements in little memory, as stride 0 makes them, since they only take long.
+// Fuzzes the binding with hostile calls, by libFuzzer with an embedded CPython and without torch. The bytes describe a
+// valid call; then up to three of its arguments are made invalid. Tensors are heap buffers of their exact extent, with
+// exact arrays of sizes and strides. A tensor that claims more than its memory must be refused. A call gives a result
+// or one of five exceptions. A result must not depend on the previous contents of outputs, and gaps and inputs must not
+// change. Valid tensors of 2^20 to 2^62 elements with strides of 0 are left out, since they only take long.
 #include <pybind11/embed.h>
 
 #include <algorithm>
@@ -19,9 +19,9 @@ extern "C" PyObject* PyInit__C();
 
 namespace {
 
-constexpr int64_t kMost = (int64_t)1 << 62, kHeld = 1 << 20;
+constexpr int64_t kMaxSpan = (int64_t)1 << 62, kHeld = 1 << 20;
 long calls = 0, results = 0;
-enum class Spoil { nothing, foreign, unlendable, dims, size, stride, type, device, null, offset, no_strides, kinds };
+enum class Fault { nothing, foreign, no_borrow, dims, size, stride, type, device, null, offset, no_strides, kinds };
 
 int64_t hostile(Bytes& in) {
   const int64_t numbers[] = {0,
@@ -34,10 +34,10 @@ int64_t hostile(Bytes& in) {
                              -1,
                              -2,
                              -1024,
-                             kMost,
-                             -kMost,
-                             kMost - 1,
-                             kMost + 1,
+                             kMaxSpan,
+                             -kMaxSpan,
+                             kMaxSpan - 1,
+                             kMaxSpan + 1,
                              INT64_MAX,
                              INT64_MIN,
                              (int64_t)1 << 31,
@@ -45,8 +45,8 @@ int64_t hostile(Bytes& in) {
   return in.flip() ? numbers[in.below(18)] : (int64_t)(in.word() >> in.below(64));
 }
 
-// What Python sees as a tensor.
-struct Lent {
+// The tensor that Python sees.
+struct FakeTensor {
   dlpack::Tensor t{};
   bool fails = false;
   Shape shape, stride;
@@ -59,16 +59,17 @@ struct Lent {
   int64_t width() const { return std::max(1, (t.bits * t.lanes + 7) / 8); }
   size_t bytes() const { return before.size(); }
 
-  // False: more elements than the fuzzer has time for, or further apart than it has memory.
+  // Returns false if the fuzzer has no time for the elements or no memory for their span.
   bool settle(uint64_t state) {
     __int128 n = 1, least = 0, most = 0;
     for (size_t i = 0; i < shape.size(); ++i) {
       nonsense |= shape[i] < 0;
-      if (n <= kMost) n *= std::max<int64_t>(shape[i], 1);
+      if (n <= kMaxSpan) n *= std::max<int64_t>(shape[i], 1);
       if (shape[i] > 1) (stride[i] < 0 ? least : most) += (__int128)(shape[i] - 1) * stride[i];
     }
     const bool empty = std::count(shape.begin(), shape.end(), 0);
-    nonsense |= n > kMost || most - least >= kMost || shape.size() > 64 || t.ndim < 0 || fails || t.device_type != 1;
+    nonsense |=
+        n > kMaxSpan || most - least >= kMaxSpan || shape.size() > 64 || t.ndim < 0 || fails || t.device_type != 1;
     nonsense |= (t.data == nullptr && !empty) || (t.strides == nullptr && !shape.empty());
     if (!nonsense && (n > kHeld || (!empty && (most - least + 1) * width() > 8 * kHeld))) return false;
     if (!nonsense && !empty) low = (int64_t)least, high = (int64_t)most;
@@ -86,7 +87,7 @@ struct Lent {
   void restore() { std::copy(before.begin(), before.end(), memory.get()); }
   bool same() const { return std::equal(before.begin(), before.end(), memory.get()); }
 
-  // Its elements in row-major order, taken out of `bytes` and replaced by 0 there.
+  // Takes the elements in row-major order out of `bytes` and sets them to 0 there.
   std::vector<uint8_t> take_elements(std::vector<uint8_t>& from) const {
     std::vector<uint8_t> out;
     if (nonsense || from.empty()) return out;
@@ -100,12 +101,12 @@ struct Lent {
     return out;
   }
 };
-struct LentParameter : Lent {};
+struct FakeParameter : FakeTensor {};
 
 int borrow(void* object, dlpack::Tensor* out) {
-  const Lent& lent = *py::handle((PyObject*)object).cast<Lent*>();
-  if (lent.fails) return PyErr_SetString(PyExc_BufferError, "no"), -1;
-  *out = lent.t;
+  const FakeTensor& tensor = *py::handle((PyObject*)object).cast<FakeTensor*>();
+  if (tensor.fails) return PyErr_SetString(PyExc_BufferError, "no"), -1;
+  *out = tensor.t;
   return 0;
 }
 
@@ -116,7 +117,7 @@ enum class Layout { whole, gaps, wild };
 
 struct Argument {
   py::object object = py::none();
-  Lent* lent = nullptr;
+  FakeTensor* tensor = nullptr;
   bool output = false;
 };
 
@@ -126,24 +127,24 @@ bool is_allowed(py::error_already_set& e) {
   return false;
 }
 
-// A call with its arguments in order, `first` of them before the tensors.
+// A call with its arguments in order.
 struct Call {
   Bytes& in;
   std::vector<Argument> arguments;
   py::object options = py::none();
   uint64_t state = in.word();
   bool feasible = true;
-  int spoils = in.below(4);
+  int faults = in.below(4);
 
   void none() { arguments.emplace_back(); }
 
   void tensor(const Shape& shape, int code, int bits, Layout layout, bool output = false) {
     const bool parameter = in.below(8) == 7;
-    Lent* lent = parameter ? new LentParameter : new Lent;
-    py::object object = parameter ? py::cast((LentParameter*)lent, py::return_value_policy::take_ownership)
-                                  : py::cast(lent, py::return_value_policy::take_ownership);
-    lent->shape = shape;
-    lent->stride.resize(shape.size());
+    FakeTensor* fake = parameter ? new FakeParameter : new FakeTensor;
+    py::object object = parameter ? py::cast((FakeParameter*)fake, py::return_value_policy::take_ownership)
+                                  : py::cast(fake, py::return_value_policy::take_ownership);
+    fake->shape = shape;
+    fake->stride.resize(shape.size());
     std::vector<size_t> order(shape.size());
     for (size_t i = 0; i < order.size(); ++i) order[i] = i;
     for (size_t i = order.size(); i > 1 && layout == Layout::wild; --i)
@@ -151,30 +152,30 @@ struct Call {
     int64_t step = layout == Layout::whole ? 1 : 1 + in.below(3);
     for (size_t i = order.size(); i-- > 0;) {
       const int kind = layout == Layout::wild ? in.below(8) : 7;
-      lent->stride[order[i]] = kind == 0 ? 0 : kind == 1 ? -step : step;
+      fake->stride[order[i]] = kind == 0 ? 0 : kind == 1 ? -step : step;
       step *= std::max<int64_t>(shape[order[i]], 1);
       if (layout != Layout::whole) step += in.below(4);
     }
-    lent->t.device_type = dlpack::kCpu;
-    lent->t.code = (uint8_t)code, lent->t.bits = (uint8_t)bits, lent->t.lanes = 1;
-    lent->t.data = lent, lent->t.strides = lent->stride.data();  // settle() takes care of both
-    arguments.push_back({object, lent, output});
+    fake->t.device_type = dlpack::kCpu;
+    fake->t.code = (uint8_t)code, fake->t.bits = (uint8_t)bits, fake->t.lanes = 1;
+    fake->t.data = fake, fake->t.strides = fake->stride.data();  // settle() takes care of both
+    arguments.push_back({object, fake, output});
   }
 
-  void spoil(Argument& a) {
-    const Spoil kind = (Spoil)in.below((int)Spoil::kinds);
-    if (kind == Spoil::foreign) {
+  void corrupt(Argument& a) {
+    const Fault kind = (Fault)in.below((int)Fault::kinds);
+    if (kind == Fault::foreign) {
       const py::object others[] = {py::none(),     py::int_(3),  py::str("mu\xc3\xa9"),
                                    foreign_type(), foreign_type, py::list()};
       a = {others[in.below(6)], nullptr, false};
     }
-    if (!a.lent) return;
-    Lent& l = *a.lent;
+    if (!a.tensor) return;
+    FakeTensor& l = *a.tensor;
     const size_t dim = l.shape.empty() ? 0 : (size_t)in.byte() % l.shape.size();
     const int types[] = {0, 1, 2, 2, 2, 2, 2, 3, 4, 4, 5, 6, 10, 255}, widths[] = {0, 1, 8, 16, 32, 64, 64, 128, 255};
     switch (kind) {
-      case Spoil::unlendable: l.fails = true; break;
-      case Spoil::dims: {
+      case Fault::no_borrow: l.fails = true; break;
+      case Fault::dims: {
         const int counts[] = {0, 1, 2, 3, 63, 64, 65, 1000, -1};
         const int n = counts[in.below(9)];
         if (n < 0) l.t.ndim = in.flip() ? -1 : INT32_MIN;
@@ -182,28 +183,28 @@ struct Call {
         l.stride.resize(l.shape.size(), in.below(3));
         break;
       }
-      case Spoil::size:
+      case Fault::size:
         if (!l.shape.empty()) l.shape[dim] = hostile(in);
         break;
-      case Spoil::stride:
+      case Fault::stride:
         if (!l.shape.empty()) l.stride[dim] = hostile(in);
         break;
-      case Spoil::type:
+      case Fault::type:
         l.t.code = (uint8_t)types[in.below(14)], l.t.bits = (uint8_t)widths[in.below(9)];
         l.t.lanes = (uint16_t)(in.below(4) ? 1 : in.below(3) ? 2 : in.flip() ? 0 : 65535);
         break;
-      case Spoil::device: l.t.device_type = in.flip() ? in.below(20) : (int32_t)in.word(); break;
-      case Spoil::null: l.t.data = nullptr; break;
-      case Spoil::offset: l.t.byte_offset = (uint64_t)in.byte(); break;
-      case Spoil::no_strides: l.t.strides = nullptr; break;
+      case Fault::device: l.t.device_type = in.flip() ? in.below(20) : (int32_t)in.word(); break;
+      case Fault::null: l.t.data = nullptr; break;
+      case Fault::offset: l.t.byte_offset = (uint64_t)in.byte(); break;
+      case Fault::no_strides: l.t.strides = nullptr; break;
       default: break;
     }
   }
 
   bool settle() {
-    for (; spoils > 0 && !arguments.empty(); --spoils) spoil(arguments[(size_t)in.byte() % arguments.size()]);
+    for (; faults > 0 && !arguments.empty(); --faults) corrupt(arguments[(size_t)in.byte() % arguments.size()]);
     for (Argument& a : arguments)
-      if (a.lent && !a.lent->settle(mix(state))) return false;
+      if (a.tensor && !a.tensor->settle(mix(state))) return false;
     return true;
   }
 
@@ -214,14 +215,14 @@ struct Call {
     return kind < 13 ? py::int_(counts[kind]) : others[kind - 13];
   }
 
-  // The outputs' elements, or false; the outputs held `filling`.
+  // Runs the call on outputs that hold `filling` and appends their elements. Returns false after an exception.
   bool run(const char* name, const py::tuple& args, uint8_t filling, std::vector<uint8_t>& elements) {
     bool nonsense = false;
     for (Argument& a : arguments) {
-      if (!a.lent) continue;
-      nonsense |= a.lent->nonsense;
-      a.lent->restore();
-      if (a.output) std::memset(a.lent->memory.get(), filling, a.lent->bytes());
+      if (!a.tensor) continue;
+      nonsense |= a.tensor->nonsense;
+      a.tensor->restore();
+      if (a.output) std::memset(a.tensor->memory.get(), filling, a.tensor->bytes());
     }
     bool done = true;
     try {
@@ -232,14 +233,15 @@ struct Call {
     }
     MUST(!(done && nonsense));
     for (Argument& a : arguments) {
-      if (!a.lent) continue;
+      if (!a.tensor) continue;
       if (!a.output || !done) {
-        if (!a.output) MUST(a.lent->same());
+        if (!a.output) MUST(a.tensor->same());
         continue;
       }
-      std::vector<uint8_t> now(a.lent->memory.get(), a.lent->memory.get() + a.lent->bytes()), gaps(now.size(), filling);
-      for (uint8_t byte : a.lent->take_elements(gaps)) MUST(byte == filling);  // no two elements share memory
-      const std::vector<uint8_t> written = a.lent->take_elements(now);
+      std::vector<uint8_t> now(a.tensor->memory.get(), a.tensor->memory.get() + a.tensor->bytes()),
+          gaps(now.size(), filling);
+      for (uint8_t byte : a.tensor->take_elements(gaps)) MUST(byte == filling);  // no two elements share memory
+      const std::vector<uint8_t> written = a.tensor->take_elements(now);
       MUST(now == gaps);
       elements.insert(elements.end(), written.begin(), written.end());
     }
@@ -337,7 +339,7 @@ py::object scalar(Bytes& in) {
   }
 }
 
-// The functions that take numbers, names and bytes; what binds a tensor type is given another now and then.
+// The functions that take numbers, names and bytes. bind_tensor_type is sometimes given another type.
 void windows(Bytes& in) {
   try {
     switch (in.below(6)) {
@@ -388,8 +390,8 @@ extern "C" int LLVMFuzzerInitialize(int*, char***) {
   PyImport_AppendInittab("_C", PyInit__C);
   py::initialize_interpreter();
   py::module_ main = py::module_::import("__main__");
-  py::class_<Lent> tensor(main, "Tensor");
-  py::class_<LentParameter, Lent> parameter(main, "Parameter");
+  py::class_<FakeTensor> tensor(main, "Tensor");
+  py::class_<FakeParameter, FakeTensor> parameter(main, "Parameter");
   tensor.attr("__dlpack_c_exchange_api__") = py::capsule(&api, "dlpack_exchange_api");
   binding = py::module_::import("_C");
   binding.attr("bind_tensor_type")(tensor, parameter);

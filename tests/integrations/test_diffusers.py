@@ -227,7 +227,7 @@ def test_the_audio_autoencoder_stays_the_same():
     torch.testing.assert_close(kl_patched, kl)
 
 
-def test_patch_reaches_every_module_and_gives_all_of_them_back():
+def test_patch_reaches_every_module_and_restores_all():
     theirs = {vae.DiagonalGaussianDistribution, autoencoder_oobleck.OobleckDiagonalGaussianDistribution}
 
     def holders(classes):

@@ -19,7 +19,7 @@ LOC = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 SCALE = torch.rand(4, 3, generator=torch.Generator().manual_seed(1)) + 0.5
 
 
-def test_it_is_pyro_s_normal_and_ours():
+def test_normal_subclasses_pyro_and_ours():
     q, like = ours.Normal(LOC, SCALE), dist.Normal(LOC, SCALE)
     assert isinstance(q, (rk.distributions.Normal,))
     assert isinstance(q, dist.Normal)
@@ -43,7 +43,7 @@ def test_it_is_pyro_s_normal_and_ours():
 
 
 @pytest.mark.parametrize("swap", [(True, True), (True, False), (False, True)])
-def test_kl_is_pyro_s(swap):
+def test_kl_matches_pyro(swap):
     a, b = (ours.Normal if mine else dist.Normal for mine in swap)
     want = kl_divergence(dist.Normal(LOC, SCALE).to_event(1), dist.Normal(0.5, SCALE * 2).to_event(1))
     got = kl_divergence(a(LOC, SCALE).to_event(1), b(0.5, SCALE * 2).to_event(1))
@@ -88,7 +88,7 @@ def test_inference_finds_the_exact_posterior(elbo):
     assert pyro.param("scale").item() == pytest.approx(2**-0.5, abs=0.05)
 
 
-def test_patch_gives_pyro_back_and_knows_this_version():
+def test_patch_restores_pyro_and_knows_this_version():
     theirs = dist.Normal
     with ours.patch() as patch:
         assert dist.Normal is ours.Normal

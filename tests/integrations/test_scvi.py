@@ -30,7 +30,7 @@ def batch_of(model):
     return next(iter(model._make_data_loader(model.adata, batch_size=32)))
 
 
-def test_posteriors_are_ours_and_their_loss_is_scvi_s(counts):
+def test_posteriors_are_ours_and_their_loss_matches_scvi(counts):
     model = model_of(counts)
     model.module.eval()  # dropout would draw from the same stream
     batch = batch_of(model)
@@ -61,7 +61,7 @@ def elbo(counts):
     return sum(losses) / len(losses)
 
 
-def test_training_goes_as_far_as_scvi_s_own(counts):
+def test_training_matches_scvi(counts):
     untrained = model_of(counts)
     before = untrained.module(batch_of(untrained))[2].loss.item()
     plain = elbo(counts)
@@ -71,7 +71,7 @@ def test_training_goes_as_far_as_scvi_s_own(counts):
     assert abs(fused / plain - 1) < 0.02
 
 
-def test_patch_gives_scvi_back_and_knows_this_version():
+def test_patch_restores_scvi_and_knows_this_version():
     with ours.patch() as patch:
         assert scvi.nn._base_components.Normal is rk.distributions.Normal
         assert "scvi.nn._base_components.Normal" in patch.rebound

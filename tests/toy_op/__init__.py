@@ -1,4 +1,4 @@
-"""The smallest op, made as CONTRIBUTING's "Adding an op" says: y = scale * x^2 * weight."""
+"""The smallest op, made as "Adding an op" in CONTRIBUTING says: y = scale * x^2 * weight."""
 
 from typing import Any, NamedTuple
 
@@ -29,9 +29,7 @@ def shapes(arguments: Arguments) -> tuple[Shape]:
     return (Shape(tuple(arguments.x.shape), arguments.x.dtype),)
 
 
-TOY = Op(
-    "toy", Arguments, inputs=("x", "weight"), outputs=("y",), formula=formula, shapes=shapes, package=__package__
-)
+TOY = Op("toy", Arguments, inputs=("x", "weight"), outputs=("y",), formula=formula, shapes=shapes, package=__package__)
 
 
 def weighted_square(x: Tensor, weight: Tensor | None = None, *, scale: Any = 1.0) -> Tensor:
@@ -43,5 +41,5 @@ def weighted_square(x: Tensor, weight: Tensor | None = None, *, scale: Any = 1.0
 
 
 def kernel(x: torch.Tensor, weight: torch.Tensor | None, scale: float, out: torch.Tensor) -> None:
-    """What a language of kernels would do: fill `out`."""
+    """Fill `out`, in place of a kernel in C++ or Triton."""
     out.copy_(scale * x.detach() ** 2 * (1 if weight is None else weight.detach()))

@@ -1,4 +1,4 @@
-"""The CPU launch: allocates the outputs, calls the kernels."""
+"""The CPU launch, which allocates the outputs and calls the kernels."""
 
 from . import kernel
 
@@ -14,5 +14,5 @@ def backward(arguments, grads, wanted):
     if dy is None:
         return None, None
     dx = 2 * config.scale * x * dy * (1 if weight is None else weight) if wanted[0] else None
-    dweight = config.scale * x**2 * dy if wanted[1] else None  # in the shape of x: the op sums it
+    dweight = config.scale * x**2 * dy if wanted[1] else None  # in the shape of x; the op sums it
     return tuple(g if g is None else g.detach().contiguous() for g in (dx, dweight))

@@ -29,19 +29,19 @@ def reparameterize(
         logvar: log variance, or what `param` says; shape, dtype and device of mu.
         seed: int in [0, 2**63), or an int64 tensor on mu's device of one element or of mu.shape[0] elements: one for
             each leading item, the element index restarting in each. Default: drawn from the generator.
-        generator: the torch.Generator that the seed is drawn from; default torch's own, so torch.manual_seed governs.
+        generator: the torch.Generator that the seed is drawn from; default torch's own, which torch.manual_seed seeds.
         eps: use this noise (mu's dtype, z's shape) instead. At most one of seed, generator, eps.
         sample_shape: leading sample dims; z has shape sample_shape + mu.shape.
         param: "logvar"; "logstd", sigma = exp(x); "std", sigma = x; "softplus", sigma = log(1 + exp(x)) + min_std.
         min_std: floor of sigma, for "softplus".
-        clamp: (low, high) on the second argument first; gradient 0 outside, as torch.clamp.
+        clamp: (low, high), applied to the second argument first; the gradient is 0 outside, as for torch.clamp.
 
     Returns:
         z, of mu's dtype: computed in float32 (float64 for float64), rounded once.
 
     Raises:
-        TypeError, ValueError: where the shapes, dtypes, devices or options do not fit; nothing is broadcast, cast or
-            moved silently. Inside torch.autocast mixed floats promote to the widest.
+        TypeError, ValueError: if the shapes, dtypes, devices or options do not fit. Nothing is broadcast, cast or moved
+            silently; inside torch.autocast mixed floats promote to the widest.
 
     Source:
         Kingma and Welling, "Auto-Encoding Variational Bayes", 2014, section 2.4.
@@ -96,7 +96,7 @@ def kl_divergence(
         1e-6, near zero too.
 
     Raises:
-        TypeError, ValueError: as reparameterize; a prior that does not expand, or a number that is not finite.
+        TypeError, ValueError: as reparameterize; also if a prior does not expand, or a number is not finite.
 
     Source:
         Kingma and Welling, "Auto-Encoding Variational Bayes", 2014, appendix B.

@@ -42,7 +42,7 @@ class Arguments(NamedTuple):
 
 
 def unpacked(arguments: Arguments) -> tuple[Tensor, Tensor]:
-    """mu and x; views of the moments if they come packed."""
+    """Return mu and x, as views of the moments if they are packed."""
     if arguments.x is not None:
         return arguments.mu, arguments.x
     mu, x = arguments.mu.chunk(2, arguments.config.packed or 0)
@@ -50,20 +50,20 @@ def unpacked(arguments: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def expanded_prior(arguments: Arguments, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
-    """The prior in the shape of mu, without a copy."""
+    """Expand the prior to the shape of mu, without a copy."""
     if arguments.mu_p is None or arguments.x_p is None:
         return None, None
     return arguments.mu_p.expand(shape), arguments.x_p.expand(shape)
 
 
 def empty_prior_gradient(like: Tensor | None, mu: Tensor) -> Tensor:
-    """An uninitialised gradient to a prior, in the shape of mu; in the compute dtype if it is yet to be summed."""
+    """Allocate a gradient to a prior in the shape of mu, in the compute dtype if it is to be summed later."""
     whole = like is not None and like.shape == mu.shape and like.dtype == mu.dtype
     return mu.new_empty(mu.shape, dtype=mu.dtype if whole else compute_dtype(mu.dtype))
 
 
 def shapes(arguments: Arguments) -> tuple[Shape | None, Shape | None]:
-    """The shapes and dtypes of z and kl."""
+    """Return the shapes and dtypes of z and kl."""
     config, mu = arguments.config, arguments.mu
     dims = list(mu.shape)
     if config.packed is not None:
@@ -130,7 +130,7 @@ def _check_pair(where: str, mu: Any, logvar: Any, eps: Any, prior: Any) -> tuple
 
 
 def _is_plain_pair(mu: Any, logvar: Any) -> bool:
-    """True in the usual case: two dense float tensors of one dtype, shape and device."""
+    """Return True in the usual case: two dense float tensors of one dtype, shape and device."""
     return (
         isinstance(mu, Tensor)
         and isinstance(logvar, Tensor)
@@ -162,7 +162,7 @@ def _make_config(compiling: bool, where: str, ndim: int, z: bool, kl: bool, samp
     sample_shape = tuple(sample_shape) if isinstance(sample_shape, list) else sample_shape
     clamp = tuple(clamp) if isinstance(clamp, list) else clamp
     symbolic = isinstance(sample_shape, tuple) and any(isinstance(size, torch.SymInt) for size in sample_shape)
-    make = _check_config if compiling or symbolic else _cached_config  # torch.compile warns of a cache
+    make = _check_config if compiling or symbolic else _cached_config  # torch.compile warns about a cache
     return make(where, ndim, z, kl, sample_shape, event_ndim, param, min_std, clamp, packed)
 
 
@@ -198,7 +198,7 @@ def _check_event_ndim(where: str, event_ndim: Any, ndim: int) -> int:
 
 
 def _check_scale(where: str, param: Any, min_std: Any, clamp: Any) -> tuple[float, tuple[float, float] | None]:
-    """min_std and clamp as the kernels read them."""
+    """Check how the second argument is read; return min_std and clamp as the kernels take them."""
     if param not in PARAMS:
         raise ValueError(
             f"{where}: param must be one of {', '.join(PARAMS)}; got {param!r}. It says how the second argument reads."
@@ -222,7 +222,7 @@ def _check_scale(where: str, param: Any, min_std: Any, clamp: Any) -> tuple[floa
 
 
 def _take_prior(where: str, prior: Any, mu: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """The two tensors of the prior, each in its own shape."""
+    """Return the two tensors of the prior, each in its own shape."""
     if not isinstance(prior, (tuple, list)) or len(prior) != 2:
         raise TypeError(
             f"{where}: prior must be None or a pair (mu_p, second_p); got {type(prior).__name__}. "
@@ -252,7 +252,7 @@ def _prior_tensor(where: str, name: str, value: Any, mu: Tensor, shape: torch.Si
 
 
 def _as_number(t: Tensor, mu: Tensor) -> Tensor:
-    """A 0-dim prior as torch's arithmetic takes a number: from the CPU to any device, its dtype giving way to mu's."""
+    """Treat a 0-dim prior as a number: it moves from the CPU to any device, and its dtype gives way to mu's."""
     if t.dim() > 0 or t.dtype == torch.bool or t.is_complex():
         return t
     if t.device != mu.device and t.device.type == "cpu":

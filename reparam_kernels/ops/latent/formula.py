@@ -1,6 +1,6 @@
-"""The latent op in plain torch: the truth for the kernels, and what runs if there are none.
+"""The latent op in plain torch. The kernels are tested against it, and it runs if there are none.
 
-The arithmetic is in float64 if the device has it, so that the textbook formulas stand as they are.
+The arithmetic is in float64 if the device has it, so the textbook formulas are accurate enough as they are.
 """
 
 import math
@@ -20,7 +20,7 @@ def log_sigma(x: Tensor, param: str, min_std: float) -> Tensor:
     if param == "logstd":
         return x
     if param == "softplus" and min_std == 0:
-        exponential = x < -40  # there softplus(x) is exp(x), and may be 0 as a number
+        exponential = x < -40  # softplus(x) is then exp(x), which may underflow
         return torch.where(exponential, x, torch.log(sigma_of(torch.where(exponential, 0, x), param, min_std)))
     return torch.log(sigma_of(x, param, min_std))
 
@@ -32,13 +32,13 @@ def sigma_of(x: Tensor, param: str, min_std: float) -> Tensor:
 
 
 def bounded_exp(x: Tensor) -> Tensor:
-    """exp(x) as a number that is neither 0 nor infinite, and its own derivative."""
+    """Compute exp(x), kept from underflow and overflow, with itself as its derivative."""
     limit = math.log(torch.finfo(x.dtype).max) - 1
     return torch.exp(x.clamp(-limit, limit).detach() + (x - x.detach()).nan_to_num())
 
 
 def formula(arguments: Arguments) -> tuple[Tensor | None, Tensor | None]:
-    """z and kl, differentiable to any order."""
+    """Compute z and kl, differentiable to any order."""
     config, dtype = arguments.config, arguments.mu.dtype
     mu, x = unpacked(arguments)
     shape = config.sample_shape + tuple(mu.shape)
@@ -50,7 +50,7 @@ def formula(arguments: Arguments) -> tuple[Tensor | None, Tensor | None]:
         if arguments.eps is not None:
             eps = widen(arguments.eps)
         else:
-            assert arguments.seed is not None  # make_arguments drew one
+            assert arguments.seed is not None  # drawn by make_arguments
             eps = reference_noise(arguments.seed, shape, math.prod(config.sample_shape)).to(mu.dtype)
         z = (mu + sigma_of(x, config.param, config.min_std) * eps).to(dtype).contiguous()
     if config.kl:

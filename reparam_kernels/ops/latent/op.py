@@ -9,7 +9,7 @@ from .formula import formula
 
 
 def with_noise(arguments: Arguments) -> Arguments:
-    """The arguments with eps as a tensor, made from the seed."""
+    """Return the arguments with eps, made from the seed, in place of the seed."""
     if arguments.seed is None:
         return arguments
     samples = arguments.config.sample_shape

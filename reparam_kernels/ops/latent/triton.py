@@ -73,7 +73,7 @@ def compile_time(arguments: Arguments, kl_numel: int | None, plan: Plan) -> dict
 
 
 def sum_parts(parts: Tensor, kl: Tensor) -> None:
-    """Each KL from its parts."""
+    """Add up the parts of each KL."""
     count = parts.numel() // kl.numel()
     constants = {"BLOCK": min(next_power_of_2(count), 1024), "num_warps": 4, "enable_fp_fusion": False}
     launch(kernels.row_sum_kernel, (kl.numel(),), kl.device, parts, kl, count, **constants)
@@ -159,22 +159,22 @@ def launch_backward(
     key = launch_key("backward", arguments, mu, operands, others, kl_numel, dz is not None, sample_stride)
     plan = plan_launch(key)
     grid, rows, total, shape = run_time_numbers(key, plan)
-    *inputs, of_dz, of_grads = plan.layout.strides
-    if dz is not None and of_dz is not None and of_dz.copied:
+    *input_strides, dz_strides, grad_strides = plan.layout.strides
+    if dz is not None and dz_strides is not None and dz_strides.copied:
         dz = dz.contiguous()  # all samples; their strides are those of the first
     launch(
         kernels.backward_kernel,
         grid,
         mu.device,
-        *map(operand, operands, inputs),
+        *map(operand, operands, input_strides),
         arguments.seed,
         eps,
-        None if dz is None or of_dz is None else Operand(dz, of_dz.outer, of_dz.row, of_dz.col),
+        None if dz is None or dz_strides is None else Operand(dz, dz_strides.outer, dz_strides.row, dz_strides.col),
         0 if dz is None else dz.stride(0),
         dkl,
         dmu,
         dx,
-        GradStrides(0, 0) if of_grads is None else GradStrides(of_grads.outer, of_grads.row),
+        GradStrides(0, 0) if grad_strides is None else GradStrides(grad_strides.outer, grad_strides.row),
         dmu_p,
         dx_p,
         rows,

@@ -25,7 +25,7 @@ from ...gpu.tiles import (
 
 @triton.jit
 def load_latent(mu, x, mu_p, x_p, tile, shape, OPTIONS: tl.constexpr, TILING: tl.constexpr):
-    """The inputs of a tile, clamped if asked. Without a prior, mu_p and x_p are placeholders."""
+    """Load the inputs of a tile and clamp them if asked. Without a prior, mu_p and x_p are placeholders."""
     mu_ptr, x_ptr = pointers(mu, tile, shape, TILING), pointers(x, tile, shape, TILING)
     mu_value = load(mu_ptr, tile.mask, OPTIONS.FLOAT64)
     raw_x = load(x_ptr, tile.mask, OPTIONS.FLOAT64)
@@ -118,8 +118,8 @@ def backward_kernel(
         for i in range(shape.samples):
             sample = tile.first_col * 0 + i  # 64-bit
             sample_ptr = dz.ptr + tl.multiple_of(sample * dz_sample_stride, TILING.VEC)
-            of_sample = Operand(sample_ptr, dz.outer_stride, dz.row_stride, dz.col_stride)
-            dz_value = load(pointers(of_sample, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
+            sample_dz = Operand(sample_ptr, dz.outer_stride, dz.row_stride, dz.col_stride)
+            dz_value = load(pointers(sample_dz, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
             eps = noise(seed_ptr, eps_ptr, sample, tile, total, shape, OPTIONS.FLOAT64, TILING)
             dmu += dz_value
             dsigma = fma(dz_value, eps, dsigma)
@@ -154,7 +154,7 @@ def backward_kernel(
 
 @triton.jit
 def row_sum_kernel(part_ptr, kl_ptr, parts, BLOCK: tl.constexpr):
-    """kl of one row from its parts, in an order that their number alone fixes."""
+    """Add up the parts of a row's kl in an order that depends only on their number."""
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float64)
     for first in range(0, parts, BLOCK):

@@ -23,7 +23,7 @@ def randn(
     requires_grad: bool = False,
     pin_memory: bool = False,
 ) -> Tensor:
-    """Draw standard normals, the very noise that the sampling ops use.
+    """Draw standard normals, the same noise that the sampling ops use.
 
         eps[i] = Box-Muller(Philox4x32-10(key = seed, counter = i // 4))[i % 4]
 
@@ -41,7 +41,7 @@ def randn(
         eps of the given size.
 
     Raises:
-        TypeError, ValueError: a seed out of range or of the wrong kind; a dtype that is not one of the four.
+        TypeError, ValueError: if the seed is out of range or of the wrong kind, or the dtype is not one of the four.
 
     Source:
         Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Box and Muller, 1958.

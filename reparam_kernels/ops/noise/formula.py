@@ -1,4 +1,4 @@
-"""The noise in plain torch and float64: the truth for the kernels, and what runs if there are none."""
+"""The noise in plain torch and float64. The kernels are tested against it, and it runs if there are none."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def philox4x32_10(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
-    """Four 32-bit words for each counter of four and key of two, all held in int64 (Salmon et al., SC 2011)."""
+    """Compute four 32-bit words for each counter of four and key of two, all held in int64 (Salmon et al., SC 2011)."""
     mask = 0xFFFFFFFF
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
@@ -18,7 +18,7 @@ def philox4x32_10(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
 
 
 def reference_noise(seed: Tensor, shape: tuple[int, ...], samples: int = 1) -> Tensor:
-    """eps, version 1, in float64. The shape begins with the samples; each seed gives an equal part of the rest."""
+    """Compute eps, version 1, in float64. `shape` begins with the samples; each seed gives an equal part of it."""
     device = torch.device("cpu") if seed.device.type == "mps" else seed.device
     i = torch.arange(math.prod(shape), device=device)
     n = max(i.numel() // max(samples, 1), 1)

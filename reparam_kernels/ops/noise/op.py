@@ -17,12 +17,12 @@ LIBRARY.define("noise(Tensor seed, SymInt[] size, SymInt samples) -> Tensor")
 
 
 def noise_op(seed: Tensor, size: Sequence[int], samples: int = 1) -> Tensor:
-    """eps in float32. `size` begins with the samples; each seed gives an equal part of the rest."""
+    """Draw eps in float32. `size` begins with the samples; each seed gives an equal part of the rest."""
     return torch.ops.reparam_kernels.noise(seed, size, samples)  # type: ignore[no-any-return]
 
 
 def draw_into(out: Tensor, seed: Tensor) -> Tensor:
-    """The noise of `seed` in `out`; in a new tensor like it if `out` cannot be written to."""
+    """Return the noise of `seed` in `out`, or in a new tensor like it if `out` cannot be written to."""
     if torch.compiler.is_compiling() or torch_modes.in_transform() or torch_modes.in_dispatch_mode():
         return noise_op(seed, out.shape).to(out.dtype)
     kernels = backends.kernels(PACKAGE, out.device)
@@ -52,7 +52,7 @@ def _fake(seed: Tensor, size: Sequence[int], samples: int) -> Tensor:
 
 @torch.library.register_vmap("reparam_kernels::noise", lib=LIBRARY)
 def _vmap(info: Any, in_dims: Any, seed: Tensor, size: Sequence[int], samples: int) -> tuple[Tensor, int]:
-    """The items of the batch become more parts, each with its own seed."""
+    """Draw the whole batch at once, with the seeds of all its items."""
     seeds = seed.movedim(in_dims[0], 0)
     per_item = math.prod(size) // max(samples, 1)
     eps = noise_op(seeds.reshape(-1).contiguous(), (samples, seeds.shape[0], per_item), samples)

@@ -1,4 +1,4 @@
-"""The Triton kernel of the noise, and two windows on its parts for the self-test."""
+"""The Triton kernel of the noise, and two kernels that let the self-test check its parts."""
 
 import triton
 import triton.language as tl
@@ -16,7 +16,7 @@ def randn_kernel(out_ptr, seed_ptr, rows, total, shape, TILING: tl.constexpr):
 
 @triton.jit
 def words_kernel(out_ptr, at_ptr, count, BLOCK: tl.constexpr):
-    """The words [count, 4] of consecutive counters, from (seed, first counter): for the self-test."""
+    """Write the words [count, 4] of consecutive counters. at_ptr points to the seed and the first counter."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     low, high = low_high(tl.load(at_ptr + 1) + i)
     x0, x1, x2, x3 = philox4x32_10(tl.load(at_ptr), low, high)
@@ -28,7 +28,7 @@ def words_kernel(out_ptr, at_ptr, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def roots_kernel(out_ptr, x_ptr, count, INLINE_PTX: tl.constexpr, BLOCK: tl.constexpr):
-    """The square roots of x [count], as the noise takes them: for the self-test."""
+    """Write the square roots of x [count], computed as in the noise."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, mask=i < count, other=1.0)
     tl.store(out_ptr + i, sqrt_rn(x, INLINE_PTX), mask=i < count)

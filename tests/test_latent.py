@@ -1,4 +1,4 @@
-"""z and kl against the reference in float64, over every option, on both backends."""
+"""z and kl match the reference in float64, for every option on both backends."""
 
 import itertools
 
@@ -69,7 +69,7 @@ def test_kl_sums_over_the_event_dims(backend, shape, event_ndim):
 
 @pytest.mark.parametrize("shape", [(5, 3), (5, 4), (5, 2, 3), (5,), (5, 1, 1)], ids=str)
 @pytest.mark.parametrize("samples", [(), (3,), (2, 2)], ids=str)
-def test_items_may_have_seeds_of_their_own(backend, shape, samples):
+def test_per_item_seeds(backend, shape, samples):
     seeds = torch.tensor([5, 2**50, 5, 0, 2**63 - 1])
     check(shape, torch.float32, "logvar", seed=seeds, sample_shape=samples)
     mu, x = inputs(shape)
@@ -113,7 +113,7 @@ def test_empty_tensors(backend, shape):
 @pytest.mark.parametrize("param", PARAMS)
 @pytest.mark.parametrize("samples", [(), (3,)], ids=str)
 @pytest.mark.parametrize("shape", [(5,), (3, 127), (3, 128), (2, 3, 5)], ids=str)
-def test_float32_z_has_one_set_of_bits(isa, monkeypatch, param, samples, shape):
+def test_float32_z_bits_match_on_every_backend(isa, monkeypatch, param, samples, shape):
     """Every instruction set of the CPU, and Triton, agree on z bit for bit."""
     from reparam_kernels.ops.latent import cpu, triton
     from reparam_kernels.ops.latent.arguments import make_arguments
@@ -123,7 +123,7 @@ def test_float32_z_has_one_set_of_bits(isa, monkeypatch, param, samples, shape):
     assert torch.equal(cpu.forward(call)[0], triton.forward(call)[0])
 
 
-def test_kl_and_gradients_have_one_set_of_bits_on_every_instruction_set():
+def test_kl_and_gradient_bits_match_on_every_instruction_set():
     for param, dtype, prior in itertools.product(PARAMS, DTYPES, (None, (0.5, 1.25))):
         results = []
         for isa in _C.available_isas():
@@ -156,7 +156,7 @@ def test_bits_do_not_depend_on_threads_or_runs(shape):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("prior_dtype", [*DTYPES, torch.int64], ids=str)
 def test_a_prior_without_dims_is_a_number(backend, dtype, prior_dtype):
-    """As in torch's arithmetic it does not promote; its gradient comes in its own dtype."""
+    """It does not promote, as in torch's arithmetic, and its gradient has its own dtype."""
     mu, x = inputs((4, 5), dtype, "std", requires_grad=True)
     prior = [torch.tensor(v).to(prior_dtype) for v in (1.0, 2.0)]
     learned = [p.requires_grad_() for p in prior] if prior_dtype.is_floating_point else []
@@ -187,7 +187,7 @@ def test_a_prior_that_is_no_number_is_refused(bad):
 
 @pytest.mark.parametrize("dtypes", [(torch.float64, torch.int64), (torch.int64, torch.float16)], ids=str)
 def test_a_prior_without_dims_is_a_number_for_mu_without_dims_too(dtypes):
-    """And so inside vmap, where a row has no dims."""
+    """The same holds inside vmap, in which a row has no dims."""
     prior = tuple(torch.tensor(v).to(dtype) for v, dtype in zip((0, 1), dtypes, strict=True))
     mu, x = inputs((3,))
     want = rk.kl_divergence(mu, x, prior=(0.0, 1.0), event_ndim=0)
@@ -222,7 +222,7 @@ def test_kl_is_accurate_to_a_millionth(param, scale, against):
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 10.0])
 @pytest.mark.parametrize("param", PARAMS)
 def test_gradients_of_the_kl_are_accurate_too(param, scale):
-    """Against a prior far away: of exp(d) the rounding of d alone would be 4e-6."""
+    """The prior is far away: the rounding of d alone would change exp(d) by 4e-6."""
     leaves = [
         *inputs((2000, 33), torch.float32, param, scale),
         *inputs((2000, 33), torch.float32, param, scale, seed=1),
@@ -240,8 +240,8 @@ def test_gradients_of_the_kl_are_accurate_too(param, scale):
         assert ((g.double() - w).abs() / w.abs())[sound].max() <= 1.5e-6
 
 
-def test_the_usual_line_is_not():
-    """What the rearrangement is for: torch's own line in float32 at a scale of 1e-3."""
+def test_the_textbook_kl_is_inaccurate_near_zero():
+    """The textbook formula in float32 at a scale of 1e-3 shows why the kernels rearrange it."""
     mu, x = inputs((2000, 33), torch.float32, scale=1e-3)
     naive = -0.5 * (1 + x - mu**2 - x.exp()).sum(-1)
     _, _, (_, true) = truth(mu, x, torch.zeros(mu.shape))

@@ -1,4 +1,4 @@
-"""Random state, mixed precision, modules, processes and threads: what a training program does around the ops."""
+"""The ops inside training programs: random state, mixed precision, modules, processes and threads."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ def test_manual_seed_and_fork_rng():
     assert torch.equal(draw(), c)
 
 
-def test_a_generator_governs_alone():
+def test_a_given_generator_is_the_only_one_used():
     before = torch.get_rng_state()
     first = draw(generator=torch.Generator().manual_seed(3))
     again = draw(generator=torch.Generator().manual_seed(3))
@@ -123,7 +123,7 @@ def test_mixed_floats_promote_inside_autocast_and_are_refused_outside():
 
 
 def test_a_scaled_float16_step_does_not_overflow():
-    """GradScaler's factor of 65536, at a logvar that plain torch's float16 KL cannot take."""
+    """GradScaler multiplies by 65536, at a logvar whose KL overflows in plain float16."""
     mu = torch.full((4, 6), 0.5, dtype=torch.float16, requires_grad=True)
     x = torch.full((4, 6), 20.0, dtype=torch.float16, requires_grad=True)
     plain = (-0.5 * (1 + x - mu**2 - x.exp())).sum(1)
@@ -170,7 +170,7 @@ def test_jit_trace_of_a_head():
 
 
 def processes(body):
-    """Runs body in two processes joined by gloo; returns what each printed."""
+    """Run body in two processes joined by gloo and return what each printed."""
     code = (
         """
 import os, sys, torch, torch.distributed as dist, reparam_kernels as rk
@@ -205,7 +205,7 @@ def test_two_processes_have_equal_noise_for_equal_seeds_only():
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
 def test_data_parallel_heads_learn_as_one(wrap):
-    """Two ranks with half of the batch each, and a seed for each item, give the whole batch's gradient."""
+    """Two ranks, each with half of the batch and per-item seeds, give the gradient of the whole batch."""
     a, b = processes(f"""
         wrap = {wrap!r}
         torch.manual_seed(0)
@@ -276,18 +276,18 @@ def test_eight_threads_give_what_one_gives():
 
 
 @pytest.mark.parametrize("name", ["_functorch_level", "_dispatch_modes", "_tracing_state", "_is_legacy_batched"])
-def test_private_names_answer_as_they_did(name):
+def test_private_torch_names_behave_as_before(name):
     """If this fails, torch has changed: read reparam_kernels/core/torch_modes.py against the new release."""
     assert callable(getattr(torch_modes, name))
 
 
-def test_the_mark_of_a_constant_is_torch_s_own():
+def test_constant_marker_matches_torch():
     """If this fails, torch has changed: see constant_to_the_compiler in reparam_kernels/core/torch_modes.py."""
     marked = torch.compiler.assume_constant_result(lambda: True)
     assert vars(marked) == vars(torch_modes.constant_to_the_compiler(lambda: True)) != {}
 
 
-def test_modes_are_told_apart():
+def test_modes_are_distinguished():
     """If this fails, torch has changed: see reparam_kernels/core/torch_modes.py and execute.py."""
     from torch.utils.flop_counter import FlopCounterMode
 

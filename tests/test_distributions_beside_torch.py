@@ -1,5 +1,7 @@
-"""rk.distributions.Normal beside torch's own, on any arguments: the same shape, dtype, device and value, or an error
-from both. A KL of half dtypes is float32 here, since it leaves their range; a draw is compared in all but its value."""
+"""rk.distributions.Normal and torch's give the same shape, dtype, device and value, or both an error, on any arguments.
+
+A KL of half dtypes is float32 here, since it may exceed their range. The value of a draw is not compared.
+"""
 
 import contextlib
 import itertools
@@ -45,13 +47,13 @@ PAIRS = list(itertools.product(arguments(), repeat=2))
 
 
 def outcome(f):
-    """What f returns, described so that two outcomes can be compared, or what kind of error it raises."""
+    """Return what f returns, or a comparable description of the error that it raises."""
     try:
-        found = f()
+        result = f()
     except Exception as error:
         constraint = "satisfy the constraint" in str(error)
         return ("refused", str(error)) if constraint else ("error",)
-    return found
+    return result
 
 
 def same(ours, theirs, value=True, kl=False, halves=False):
@@ -75,14 +77,14 @@ def describe(pair):
 
 
 def differences(pairs, action, **how):
-    """The pairs of arguments for which ours and torch's differ, with both outcomes."""
-    found = []
+    """Return the pairs of arguments for which ours and torch's differ, with both outcomes."""
+    different = []
     for pair in pairs:
         ours, theirs = (outcome(lambda cls=cls, pair=pair: action(cls, *pair)) for cls in (Normal, td.Normal))
         halves = any(isinstance(t, torch.Tensor) and t.dtype in (torch.float16, torch.bfloat16) for t in pair)
         if not same(ours, theirs, halves=halves, **how):
-            found.append((describe(pair), ours, theirs))
-    return found
+            different.append((describe(pair), ours, theirs))
+    return different
 
 
 MEMBERS = ("loc", "scale", "mean", "mode", "stddev", "variance")
@@ -110,7 +112,7 @@ def test_draws(sample_shape):
 
 
 def is_empty_of_integers(pair, sample_shape=()):
-    """No elements of an integer: torch finds no fault in them, ours refuses integers whatever their number."""
+    """Return True for empty integers, which torch accepts and ours refuses."""
     q = outcome(lambda: td.Normal(*pair))
     return not isinstance(q, tuple) and not q.loc.dtype.is_floating_point and 0 in (*sample_shape, *q.batch_shape)
 
@@ -135,7 +137,7 @@ def test_kl(sides):
 
 
 def mixes_integers_and_floats(pair):
-    """There the dtype of torch's KL depends on the order of its own operations."""
+    """Return True if integers and floats are mixed, so that the order of torch's ops decides the dtype of its KL."""
     return len({t.is_floating_point() for t in pair if isinstance(t, torch.Tensor)}) > 1
 
 
@@ -162,7 +164,7 @@ def test_what_is_built_on_it(wrap):
 
 @pytest.mark.parametrize("device", ["meta", "cuda"])
 def test_devices(device):
-    """meta tensors, and fake ones of a GPU: arguments all there, some on the CPU with and without dims."""
+    """Arguments are on meta or on a fake GPU, all of them or some, with and without dims."""
     fake = FakeTensorMode(allow_non_fake_inputs=True) if device == "cuda" else contextlib.nullcontext()
     with fake, torch.no_grad():
         there = [tensor(s, torch.float32, device=f"{device}:0" if device == "cuda" else device) for s in ((), (3,))]
@@ -218,24 +220,24 @@ def test_transforms(validate):
                 results.append(transform(g))
             torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
     draw = vmap(lambda m, s: Normal(m, s, validate_args=validate).rsample((2,)), randomness="different")
-    assert draw(loc, scale).shape == (4, 2, 3)  # torch's own refuses
+    assert draw(loc, scale).shape == (4, 2, 3)  # torch refuses this
 
 
 def test_gradients_reach_every_argument():
-    """In its own shape and dtype, 0-dim and of another dtype too."""
+    """Each gradient has the shape and dtype of its argument, also for 0-dim arguments and other dtypes."""
     for a, b in PAIRS:
         leaves = [[t.detach().clone().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
                    for t in (a, b)] for _ in range(2)]  # fmt: skip
-        found = []
+        grads = []
         for cls, (loc, scale) in zip((Normal, td.Normal), leaves, strict=True):
             learned = [t for t in (loc, scale) if isinstance(t, torch.Tensor) and t.requires_grad]
             made = outcome(lambda cls=cls, loc=loc, scale=scale: cls(loc, scale))
             if isinstance(made, tuple) or not learned:
-                found.append([])
+                grads.append([])
                 continue
             kl = td.kl_divergence(made, td.Normal(2.0, 0.5)).sum() + td.kl_divergence(td.Normal(2.0, 0.5), made).sum()
-            found.append(torch.autograd.grad(kl, learned))
-        for g, w in zip(*found, strict=True):
+            grads.append(torch.autograd.grad(kl, learned))
+        for g, w in zip(*grads, strict=True):
             assert (g.shape, g.dtype) == (w.shape, w.dtype)
             loose = {torch.float16: 2e-2, torch.bfloat16: 1e-1}.get(g.dtype, 1e-4)
             torch.testing.assert_close(g.double(), w.double(), rtol=loose, atol=loose)
