@@ -69,22 +69,25 @@ def test_real_outputs_are_as_the_fake_says(backend):
     explore()
 
 
-def plain_if_empty(a):
-    """Make an empty tensor contiguous, since opcheck cannot clone one with unusual strides."""
-    return a.contiguous() if isinstance(a, torch.Tensor) and a.numel() == 0 else a
-
-
 def test_opcheck_passes_over_any_layout(backend):
-    @settings(QUIET, max_examples=DEPTH * (25 if backend == "cpu" else 4))
+    checked = []
+    most = 10_000 if backend == "cpu" else 40  # elements, since opcheck calls an op a dozen times
+
+    @settings(QUIET, max_examples=DEPTH * 25)
     @given(op_calls(), st.booleans())
     def explore(op_call, requires_grad):
-        op, args = op_call
-        args = [plain_if_empty(a) for a in args]
+        op, args = op_call[0], list(op_call[1])
+        sizes = [a.numel() for a in args if isinstance(a, torch.Tensor)]
+        sizes += [math.prod(args[1])] if op is OPS.noise.default else []
+        if min(sizes) == 0 or max(sizes) > most:
+            return  # opcheck itself cannot clone a tensor without elements; the test above has them
+        checked.append(op)
         if requires_grad and op is not OPS.noise.default and (op is OPS.latent.default or any(args[-1])):
             args[:4] = [a if a is None else a.detach().requires_grad_() for a in args[:4]]
         torch.library.opcheck(op, args)
 
     explore()
+    assert len(checked) > 5
 
 
 def test_outputs_of_the_formula_are_contiguous_under_transforms():
