@@ -14,7 +14,8 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 def execute(op: Op[Any], arguments: Any) -> Outputs:
     """Return the outputs of an op, None for each that is not asked for."""
     tensors, device = arguments[:-1], arguments[0].device
-    wants_noise_grad = any_requires_grad(tensors[op.n_inputs :])  # the kernels give it no gradient
+    grad_enabled = torch.is_grad_enabled()
+    wants_noise_grad = grad_enabled and any_requires_grad(tensors[op.n_inputs :])  # the kernels give it no gradient
     if torch.compiler.is_compiling():
         if not backends.has_kernels(device.type):
             return op.formula(arguments)
@@ -28,7 +29,7 @@ def execute(op: Op[Any], arguments: Any) -> Outputs:
     if torch_modes.in_dispatch_mode() or not _PLAIN.issuperset(map(type, tensors)):
         checks.local(tensors)
         return op.registered(arguments)
-    if torch.is_grad_enabled() and any_requires_grad(tensors[: op.n_inputs]):
+    if grad_enabled and any_requires_grad(tensors[: op.n_inputs]):
         return op.eager(arguments)
     return kernels.forward(arguments)  # type: ignore[no-any-return]
 

@@ -95,9 +95,10 @@ class Op(Generic[A]):
 
     def gradients(self, arguments: A, grads: Outputs, wanted: Sequence[bool]) -> Outputs:
         """Compute the gradients to the inputs by the kernels, each in the shape and dtype of its input."""
-        grads = tuple(g if g is None else resolve_neg(g) for g in grads)
+        grads = tuple([g if g is None else resolve_neg(g) for g in grads])
         input_grads = self.kernels(arguments[0].device).backward(arguments, grads, wanted)
-        return tuple(sum_to_shape(g, t) for g, t in zip(input_grads, arguments[: self.n_inputs], strict=True))
+        pairs = zip(input_grads, arguments[: self.n_inputs], strict=True)
+        return tuple([g if g is None or g.shape == t.shape else sum_to_shape(g, t) for g, t in pairs])
 
     def registered_gradients(self, arguments: A, grads: Outputs, wanted: Sequence[bool]) -> Outputs:
         """Compute the same gradients by the registered op."""
@@ -299,10 +300,8 @@ def fresh_views(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [t if t is None else t.view_as(t) for t in tensors]
 
 
-def sum_to_shape(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
+def sum_to_shape(grad: Tensor, like: Tensor) -> Tensor:
     """Sum a gradient to the shape of an input that was expanded, in an order that does not depend on threads."""
-    if grad is None or like is None or grad.shape == like.shape:
-        return grad
     if like.numel() != 1:
         return grad.sum_to_size(like.shape).to(like.dtype)
     parts = grad.reshape(-1)
