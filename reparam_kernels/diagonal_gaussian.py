@@ -176,10 +176,8 @@ class DiagonalGaussian:
     def std(self) -> Tensor:
         """sigma in mu's dtype, as a new tensor."""
         x = self._x()
-        if self._options["param"] == "std":
-            return x.clone(memory_format=torch.contiguous_format)
         sigma = sigma_of(x.to(compute_dtype(x.dtype)), self._options["param"], self._options["min_std"])
-        return sigma.to(x.dtype)
+        return sigma.to(x.dtype, copy=True)  # sigma may be x itself, or what the backward of exp needs
 
     @property
     def logvar(self) -> Tensor:

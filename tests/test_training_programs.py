@@ -243,7 +243,7 @@ def test_a_dtensor_is_refused_with_a_clear_error():
             print(str(error).replace(" ", "_"))
     """)
     assert a == b
-    assert "must_be_a_tensor_of_this_process;_got_DTensor" in a[0]
+    assert "must_be_tensors_of_this_process;_got_DTensor" in a[0]
 
 
 # ---- threads
