@@ -13,7 +13,7 @@ from reparam_kernels.distributions import Normal
 from reparam_kernels.integrations import diffusers, ldm
 from reparam_kernels.ops.latent.arguments import make_arguments
 from reparam_kernels.ops.latent.op import LATENT
-from tests.conftest import SaysWhere
+from tests.conftest import RequiresDevice
 
 GENERATOR = torch.Generator()
 PRIOR = td.Normal(0.0, 1.0)
@@ -156,7 +156,7 @@ def test_the_mode_finds_a_tensor_made_without_a_device(monkeypatch):
     source = compile("import torch\ndef leak(**where): return torch.zeros(2, **where)", "made.py", "exec")
     scope = {"__name__": "reparam_kernels.made"}
     exec(source, scope)
-    with SaysWhere():
+    with RequiresDevice():
         scope["leak"](device="cpu")
         torch.zeros(2)  # made by the test
         with pytest.raises(AssertionError, match=r"reparam_kernels\.made:2: zeros must say on which device"):

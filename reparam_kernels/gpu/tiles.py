@@ -132,11 +132,12 @@ def make_tile(rows, total, shape, TILING: tl.constexpr):
         mask = tl.full([TILING.ROWS, TILING.BLOCK], True, tl.int1)  # the compiler drops it
         row_mask = tl.full([TILING.ROWS, 1], True, tl.int1)
     else:
+        VEC: tl.constexpr = TILING.VEC
         left = tl.minimum(shape.cols - first_col, TILING.BLOCK)
         if TILING.ROW_LEN:
             left = tl.minimum(left, total - first_row * shape.cols)
         row_mask = row < tl.minimum(rows - first_row, TILING.BLOCK * 4096).to(tl.int32)
-        mask = (col < tl.multiple_of(left.to(tl.int32), TILING.VEC)) & row_mask
+        mask = (col < tl.multiple_of(left.to(tl.int32), VEC)) & row_mask
         if TILING.NOISE == NOISE_UNALIGNED:
             mask &= col + tl.minimum(first_col, TILING.BLOCK).to(tl.int32) >= 0
     if not TILING.OFFSET_32BIT:
@@ -147,23 +148,25 @@ def make_tile(rows, total, shape, TILING: tl.constexpr):
 @triton.jit
 def row_pointers(ptr, row_stride, col_stride, packed_stride, tile, TILING: tl.constexpr):
     """Add offsets within the tile to a 64-bit base. packed_stride is that of packed rows; None: contiguous."""
-    offset = tl.multiple_of(tile.row * row_stride, [TILING.VEC, TILING.VEC]) + tile.col * col_stride
+    VEC: tl.constexpr = TILING.VEC
+    offset = tl.multiple_of(tile.row * row_stride, [VEC, VEC]) + tile.col * col_stride
     if TILING.PACKED_STRIDED and packed_stride is not None:
         # the hint has to be on an operation of this function: one on an argument is lost
-        gap = tl.multiple_of(packed_stride - TILING.ROW_LEN * col_stride, TILING.VEC)
+        gap = tl.multiple_of(packed_stride - TILING.ROW_LEN * col_stride, VEC)
         offset += tile.col // TILING.ROW_LEN * gap
     SIZE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
-    base = ptr + tl.multiple_of(tile.first_row * row_stride + tile.first_col * col_stride, TILING.VEC)
-    return tl.multiple_of(base, min(TILING.VEC * SIZE, 16)) + offset
+    base = ptr + tl.multiple_of(tile.first_row * row_stride + tile.first_col * col_stride, VEC)
+    return tl.multiple_of(base, min(VEC * SIZE, 16)) + offset
 
 
 @triton.jit
 def pointers(o, tile, shape, TILING: tl.constexpr):
     """Return pointers to a tile's elements of an operand."""
     if TILING.HAS_OUTER_STRIDE:
+        VEC: tl.constexpr = TILING.VEC
         a, b = divmod_rows(tile.first_row + tile.row, shape.rows_per_outer, TILING)
         offset = a * o.outer_stride + b * o.row_stride + tile.first_col * o.col_stride
-        return o.ptr + tl.multiple_of(offset, [TILING.VEC, TILING.VEC]) + tile.col * o.col_stride
+        return o.ptr + tl.multiple_of(offset, [VEC, VEC]) + tile.col * o.col_stride
     else:
         return row_pointers(o.ptr, o.row_stride, o.col_stride, o.outer_stride, tile, TILING)
 
@@ -172,6 +175,13 @@ def pointers(o, tile, shape, TILING: tl.constexpr):
 def contiguous_pointers(ptr, tile, shape, TILING: tl.constexpr):
     """Return pointers to a tile's elements of a contiguous tensor [rows, cols]."""
     return row_pointers(ptr, shape.cols, 1, None, tile, TILING)
+
+
+@triton.jit
+def sample_pointer(ptr, sample, stride, TILING: tl.constexpr):
+    """Point to one sample of a tensor; triton 3.6 to 3.8 take hints from declared constants alone."""
+    VEC: tl.constexpr = TILING.VEC
+    return ptr + tl.multiple_of(sample * stride, VEC)
 
 
 @triton.jit
@@ -190,7 +200,7 @@ def store(ptr, value, mask):
 def noise(seed_ptr, eps_ptr, sample, tile, total, shape, FLOAT64: tl.constexpr, TILING: tl.constexpr):
     """Load or make the eps of one sample, whose index is 64-bit."""
     if TILING.NOISE == NOISE_FROM_TENSOR:
-        ptr = eps_ptr + tl.multiple_of(sample * total, TILING.VEC)
+        ptr = sample_pointer(eps_ptr, sample, total, TILING)
         return load(contiguous_pointers(ptr, tile, shape, TILING), tile.mask, FLOAT64)
     else:
         item, row = seed_of(tile.first_row if TILING.ROWS == 1 else tile.first_row + tile.row, shape, TILING)

@@ -18,6 +18,7 @@ from ...gpu.tiles import (
     make_tile,
     noise,
     pointers,
+    sample_pointer,
     store,
     sum_packed_rows,
 )
@@ -82,7 +83,7 @@ def forward_kernel(
             sample = tile.first_col * 0 + i  # 64-bit
             eps = noise(seed_ptr, eps_ptr, sample, tile, total, shape, OPTIONS.FLOAT64, TILING)
             z = fma(e.sigma, eps, latent.mu)
-            sample_ptr = z_ptr + tl.multiple_of(sample * total, TILING.VEC)
+            sample_ptr = sample_pointer(z_ptr, sample, total, TILING)
             store(contiguous_pointers(sample_ptr, tile, shape, TILING), z, tile.mask)
 
 
@@ -117,7 +118,7 @@ def backward_kernel(
     if dz is not None:
         for i in range(shape.samples):
             sample = tile.first_col * 0 + i  # 64-bit
-            sample_ptr = dz.ptr + tl.multiple_of(sample * dz_sample_stride, TILING.VEC)
+            sample_ptr = sample_pointer(dz.ptr, sample, dz_sample_stride, TILING)
             sample_dz = Operand(sample_ptr, dz.outer_stride, dz.row_stride, dz.col_stride)
             dz_value = load(pointers(sample_dz, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
             eps = noise(seed_ptr, eps_ptr, sample, tile, total, shape, OPTIONS.FLOAT64, TILING)
