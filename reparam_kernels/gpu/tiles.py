@@ -148,7 +148,7 @@ def make_tile(rows, total, shape, TILING: tl.constexpr):
 @triton.jit
 def row_pointers(ptr, row_stride, col_stride, packed_stride, tile, TILING: tl.constexpr):
     """Add offsets within the tile to a 64-bit base. packed_stride is that of packed rows; None: contiguous."""
-    VEC: tl.constexpr = TILING.VEC
+    VEC: tl.constexpr = TILING.VEC  # before triton 3.8 a field of a record is no constexpr
     offset = tl.multiple_of(tile.row * row_stride, [VEC, VEC]) + tile.col * col_stride
     if TILING.PACKED_STRIDED and packed_stride is not None:
         # the hint has to be on an operation of this function: one on an argument is lost
@@ -179,7 +179,7 @@ def contiguous_pointers(ptr, tile, shape, TILING: tl.constexpr):
 
 @triton.jit
 def sample_pointer(ptr, sample, stride, TILING: tl.constexpr):
-    """Point to one sample of a tensor; triton 3.6 to 3.8 take hints from declared constants alone."""
+    """Return a pointer to one sample of a tensor whose samples are `stride` apart."""
     VEC: tl.constexpr = TILING.VEC
     return ptr + tl.multiple_of(sample * stride, VEC)
 
