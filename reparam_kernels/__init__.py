@@ -3,12 +3,12 @@
 The noise is a function of a seed: it is regenerated in the backward pass, never stored.
 """
 
-from . import distributions, integrations, losses, reference
+from . import distributions, integrations, losses, reference, testing
 from .core.backends import backend_for
 from .diagonal_gaussian import DiagonalGaussian
 from .head import GaussianHead
 from .ops.latent import kl_divergence, reparameterize, reparameterize_kl
-from .ops.noise import NOISE_VERSION, randn
+from .ops.noise import NOISE_VERSION, randn, randn_like
 
 __all__ = [
     "NOISE_VERSION",
@@ -20,7 +20,9 @@ __all__ = [
     "kl_divergence",
     "losses",
     "randn",
+    "randn_like",
     "reference",
     "reparameterize",
     "reparameterize_kl",
+    "testing",
 ]

@@ -138,6 +138,28 @@ def test_randn_takes_the_arguments_of_torch_randn():
         rk.randn(3, dtype=torch.int32)
 
 
+def test_randn_like_has_the_metadata_of_torch_and_the_noise_of_randn():
+    base = torch.zeros(2, 3, 4, 5)
+    for like in (
+        base,
+        base.to(memory_format=torch.channels_last),
+        base.permute(3, 1, 0, 2),
+        base.half(),
+        base[..., ::2],
+    ):
+        for options in (
+            {},
+            {"dtype": torch.float64},
+            {"memory_format": torch.contiguous_format, "requires_grad": True},
+        ):
+            eps, theirs = rk.randn_like(like, seed=3, **options), torch.randn_like(like, **options)
+            assert (eps.dtype, eps.shape, eps.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
+            assert eps.requires_grad == theirs.requires_grad
+            assert torch.equal(eps, rk.randn(like.shape, seed=3, dtype=eps.dtype))
+    with pytest.raises(TypeError, match=r"^randn_like: dtype"):
+        rk.randn_like(base.int())
+
+
 def test_manual_seed_and_generators_control_the_noise():
     torch.manual_seed(5)
     first = rk.randn(10)

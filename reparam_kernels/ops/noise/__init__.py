@@ -52,10 +52,59 @@ def randn(
         tensor([ 2.9158e-04, -3.0485e-01,  1.7888e+00,  1.0679e+00])
     """
     result = torch.empty(*size, out=out, dtype=dtype, layout=layout, device=device, pin_memory=pin_memory)
-    checks.floating("randn", "dtype", result)
-    items = result.shape[0] if result.dim() else None
-    seeds = make_seed("randn", seed, generator, result.device, items)
+    eps = filled("randn", result, seed, generator)
     with torch.no_grad():
-        eps = draw_into(result, seeds)
         result = eps if out is None or eps is out else out.copy_(eps)
     return result.requires_grad_(requires_grad) if requires_grad else result
+
+
+def randn_like(
+    input: Tensor,
+    *,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    layout: torch.layout | None = None,
+    device: torch.device | str | int | None = None,
+    requires_grad: bool = False,
+    pin_memory: bool = False,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> Tensor:
+    """Draw standard normals of the shape, dtype and device of a tensor, the same as `randn` of its shape.
+
+        eps[i] = Box-Muller(Philox4x32-10(key = seed, counter = i // 4))[i % 4]
+
+    Args:
+        input: gives the shape and the defaults of dtype, layout and device.
+        seed, generator: as for randn.
+        dtype, layout, device, requires_grad, pin_memory, memory_format: as for torch.randn_like. The index of an
+            element is that in the logical, row-major order, whatever the memory format.
+
+    Returns:
+        eps of the shape of input.
+
+    Raises:
+        TypeError, ValueError: as randn.
+
+    Source:
+        As randn.
+
+    Example:
+        >>> import torch, reparam_kernels as rk
+        >>> rk.randn_like(torch.zeros(4), seed=7)
+        tensor([ 2.9158e-04, -3.0485e-01,  1.7888e+00,  1.0679e+00])
+    """
+    options: Any = {"dtype": dtype, "layout": layout, "device": device, "pin_memory": pin_memory}
+    result = torch.empty_like(input, memory_format=memory_format, requires_grad=False, **options)
+    eps = filled("randn_like", result, seed, generator)
+    with torch.no_grad():
+        result = eps if eps is result else result.copy_(eps)
+    return result.requires_grad_(requires_grad) if requires_grad else result
+
+
+def filled(where: str, result: Tensor, seed: int | Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """Fill a tensor with noise, or return a tensor with the noise where the tensor can't be filled in place."""
+    checks.floating(where, "dtype", result)
+    seeds = make_seed(where, seed, generator, result.device, result.shape[0] if result.dim() else None)
+    with torch.no_grad():
+        return draw_into(result, seeds)
