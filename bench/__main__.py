@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 import reparam_kernels as rk
 from reparam_kernels.core import backends
+from reparam_kernels.profiling import measure
+from reparam_kernels.profiling.processor import processor
 
-from . import charts, measure, providers, steps
-from .processor import processor
+from . import charts, providers, steps
 
 SIZES = ["128x20", "512x128", "256x1024", "1024x1024", "4096x1024"]
 QUICK = ["128x20", "512x128"]

@@ -15,8 +15,7 @@ import reparam_kernels as rk
 from reparam_kernels import _C
 from reparam_kernels.ops.latent import cpu
 from reparam_kernels.ops.latent.arguments import make_arguments
-
-from . import measure
+from reparam_kernels.profiling import measure
 
 SIZES = [10**5, 10**6, 10**7, 10**8]
 COLUMNS = [1, 3, 20, 1000, 10**7]

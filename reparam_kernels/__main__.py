@@ -10,6 +10,7 @@ import torch
 
 from . import NOISE_VERSION
 from .core import backends
+from .profiling import command as profiling
 
 
 def version(package: str) -> str:
@@ -62,11 +63,14 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command")
     command = commands.add_parser("selftest", help="check the kernels of a device: bits, gradients, launches")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    profile = profiling.add_command(commands)
     args = parser.parse_args()
     if args.command == "selftest":
         from . import selftest
 
         return selftest.main(args.device)
+    if args.command == "profile":
+        return profiling.main(args, profile)
     report()
     return 0
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import triton
 
-from bench.processor import processor
 from reparam_kernels import _C
+from reparam_kernels.profiling.processor import processor
 
 
 def memory():

@@ -10,8 +10,9 @@ from unittest import mock
 import pytest
 import torch
 
-from bench import measure, providers, steps
+from bench import providers, steps
 from bench.__main__ import make_current
+from reparam_kernels.profiling import measure
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,11 +11,12 @@ import torch
 from torch.distributions import Normal
 
 import reparam_kernels as rk
-from bench import measure, providers
+from bench import providers
 from examples.vae.data import load
 from examples.vae.model import VAE
 from examples.why import digits, estimators, memory, precision
 from examples.why.graph import graph
+from reparam_kernels.profiling import measure
 
 ROOT = Path(__file__).parent.parent
 PICTURES = {"paths", "spread", "descent", "elbo", "gradient_variance", "memory", "kl_error"}

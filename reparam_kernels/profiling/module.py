@@ -1,0 +1,110 @@
+"""`profile --module`: a training step of the user's own, and the part of it that this package's ops take."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity
+
+from . import measure
+from .measure import Quantiles
+from .report import seconds, size
+
+
+class ModuleProfile(NamedTuple):
+    timings: dict[str, Quantiles]  # pass -> seconds
+    ranges: dict[str, tuple[int, float]]  # our ops -> calls and seconds in a step, under the profiler
+    step: float  # seconds of that step
+    saved: int
+    peak: int
+
+
+def load(spec: str) -> Callable[[], Tensor]:
+    """Import `package.module:make` and return what make() returns: a function that computes the loss."""
+    where = "profile --module"
+    name, _, attribute = spec.partition(":")
+    if not attribute:
+        raise SystemExit(f"{where}: must be package.module:make; got {spec!r}. Name the function after a colon.")
+    sys.path.insert(0, os.getcwd())
+    try:
+        make = getattr(importlib.import_module(name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SystemExit(f"{where}: {spec} must be importable from this folder; got {error}.") from error
+    loss = make()
+    value = loss() if callable(loss) else loss
+    if not isinstance(value, Tensor) or value.dim() != 0 or not value.requires_grad:
+        raise SystemExit(
+            f"{where}: {attribute}() must return a function of no arguments that returns the loss, a scalar that "
+            f"requires a gradient; got {type(value).__name__} from it. For example: "
+            "def make(): model, x = Model(), torch.rand(64, 784); return lambda: model.loss(x)"
+        )
+    return loss  # type: ignore[no-any-return]
+
+
+def profile(loss: Callable[[], Tensor], device: str, rounds: int, trace: Path | None) -> ModuleProfile:
+    def both() -> None:
+        loss().backward()  # type: ignore[no-untyped-call]
+
+    *_, timings = measure.interleave({"forward": loss, "forward+backward": both}, rounds, device)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device != "cpu" else [])]
+    with torch.profiler.profile(activities=activities) as recorded:
+        both()
+    if trace is not None:
+        recorded.export_chrome_trace(str(trace))
+    found: dict[str, tuple[int, float]] = {}
+    total = 0.0
+    for event in recorded.key_averages():
+        total += event.self_cpu_time_total / 1e6
+        if event.key.startswith("reparam_kernels"):
+            found[event.key] = (event.count, event.cpu_time_total / 1e6)
+    one_thread = device == "cpu" and torch.get_num_threads() == 1
+    quantiles = {name: timing.cpu if one_thread else timing.wall for name, timing in timings.items()}
+    saved = measure.saved_bytes(lambda *_: (loss(),), parameters(loss()))
+    return ModuleProfile(quantiles, found, total, saved, measure.peak_bytes(both, device))
+
+
+def parameters(loss: Tensor) -> list[Tensor]:
+    """Find the leaves that get gradients from a loss."""
+    found: dict[int, Tensor] = {}
+    seen: set[Any] = set()
+    nodes = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        nodes += [following for following, _ in node.next_functions]
+    return list(found.values())
+
+
+def text(p: ModuleProfile, spec: str, conditions: dict[str, Any]) -> str:
+    lines = [spec, *(f"{key}: {value}" for key, value in conditions.items()), ""]
+    lines.append(f"{'':22} {'median':>9}   {'10 % to 90 %':>19}")
+    for name, q in p.timings.items():
+        lines.append(f"  {name:20} {seconds(q.q50):>9}   {f'{seconds(q.q10)} to {seconds(q.q90)}':>19}")
+    lines += ["", f"kept for backward, beyond the parameters: {size(p.saved)}; peak: {size(p.peak)}", ""]
+    if not p.ranges:
+        return "\n".join([*lines, "No op of reparam_kernels ran in this step."])
+    lines.append(f"{'ops of reparam_kernels':48} {'calls':>5} {'time':>9} {'of step':>8}")
+    for name, (calls, spent) in sorted(p.ranges.items(), key=lambda item: -item[1][1]):
+        lines.append(f"  {name[:46]:46} {calls:5} {seconds(spent):>9} {spent / p.step:8.0%}")
+    lines.append("  Host time of one step under torch.profiler, which makes every op slower.")
+    return "\n".join(lines)
+
+
+def as_dict(p: ModuleProfile, spec: str, conditions: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "module": spec,
+        "conditions": conditions,
+        "seconds": {name: q._asdict() for name, q in p.timings.items()},
+        "bytes_kept": p.saved,
+        "bytes_peak": p.peak,
+        "ops": {name: {"calls": calls, "seconds": spent} for name, (calls, spent) in p.ranges.items()},
+    }
