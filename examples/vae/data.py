@@ -11,6 +11,7 @@ from torch import Tensor
 class Images(NamedTuple):
     train: Tensor  # (N, H * W), float32
     test: Tensor
+    train_label: Tensor | None
     test_label: Tensor | None
     height: int
     width: int
@@ -28,8 +29,8 @@ def load(path: Path | None = None) -> Images:
     order = np.random.default_rng(0).permutation(len(x))
     held_out = max(len(x) // 5, 1)
     rows = torch.tensor(x.reshape(len(x), -1)[order], dtype=torch.float32)
-    label = None if y is None else torch.tensor(np.asarray(y)[order[:held_out]])
-    return Images(rows[held_out:], rows[:held_out], label, x.shape[1], x.shape[2])
+    labels = (None, None) if y is None else torch.tensor(np.asarray(y)[order]).tensor_split((held_out,))
+    return Images(rows[held_out:], rows[:held_out], labels[1], labels[0], x.shape[1], x.shape[2])
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
