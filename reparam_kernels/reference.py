@@ -14,7 +14,14 @@ from .ops.latent.arguments import make_arguments
 from .ops.latent.formula import formula
 from .ops.noise.formula import reference_noise
 
-__all__ = ["kl_divergence", "randn", "reparameterize", "reparameterize_kl"]
+__all__ = [
+    "kl_divergence",
+    "randn",
+    "reparameterize",
+    "reparameterize_kl",
+    "reparameterize_log_prob",
+    "reparameterize_mc_kl",
+]
 
 
 def randn(
@@ -31,7 +38,7 @@ def randn(
     return reference_noise(seed, shape).float().to(dtype or torch.get_default_dtype())
 
 
-def _in_plain_torch(function: Callable[..., Any], *, z: bool = False, kl: bool = False) -> Callable[..., Any]:
+def _in_plain_torch(function: Callable[..., Any], **asked: bool) -> Callable[..., Any]:
     """Make a public function that runs the formula in place of the kernels."""
     where = f"reference.{function.__name__}"
     keywords = inspect.signature(function).parameters.keys()
@@ -40,8 +47,8 @@ def _in_plain_torch(function: Callable[..., Any], *, z: bool = False, kl: bool =
     def plain(*args: Any, **options: Any) -> Any:
         for name in options.keys() - keywords:
             raise TypeError(f"{where}() got an unexpected keyword argument {name!r}")
-        outputs = formula(make_arguments(where, *args, z=z, kl=kl, **options))
-        return outputs if z and kl else outputs[0] if z else outputs[1]
+        outputs = [t for t in formula(make_arguments(where, *args, **asked, **options)) if t is not None]
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     return plain
 
@@ -49,3 +56,5 @@ def _in_plain_torch(function: Callable[..., Any], *, z: bool = False, kl: bool =
 reparameterize = _in_plain_torch(latent.reparameterize, z=True)
 kl_divergence = _in_plain_torch(latent.kl_divergence, kl=True)
 reparameterize_kl = _in_plain_torch(latent.reparameterize_kl, z=True, kl=True)
+reparameterize_log_prob = _in_plain_torch(latent.reparameterize_log_prob, z=True, log_q=True)
+reparameterize_mc_kl = _in_plain_torch(latent.reparameterize_mc_kl, z=True, log_q=True, minus_log_p=True)

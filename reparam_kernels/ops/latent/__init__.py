@@ -1,4 +1,4 @@
-"""The latent layer: a sample of N(mu, sigma^2) and its KL divergence, each alone or both in one pass."""
+"""The latent layer: a sample of N(mu, sigma^2), with its KL divergence or its log-density in the same pass."""
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def reparameterize(
         min_std=min_std,
         clamp=clamp,
     )
-    z, _ = execute(LATENT, arguments)
+    z, *_ = execute(LATENT, arguments)
     return z  # type: ignore[return-value]
 
 
@@ -117,7 +117,7 @@ def kl_divergence(
         min_std=min_std,
         clamp=clamp,
     )
-    _, kl = execute(LATENT, arguments)
+    _, kl, _ = execute(LATENT, arguments)
     return kl  # type: ignore[return-value]
 
 
@@ -173,4 +173,136 @@ def reparameterize_kl(
         min_std=min_std,
         clamp=clamp,
     )
-    return execute(LATENT, arguments)  # type: ignore[return-value]
+    z, kl, _ = execute(LATENT, arguments)
+    return z, kl  # type: ignore[return-value]
+
+
+def reparameterize_log_prob(
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    eps: Tensor | None = None,
+    sample_shape: tuple[int, ...] = (),
+    event_ndim: int | None = None,
+    squash: str | None = None,
+    path_derivative: bool = False,
+    param: str = "logvar",
+    min_std: float = 0.0,
+    clamp: tuple[float, float] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw z and compute the log-density of the distribution that it comes from, in one pass.
+
+        u = mu + sigma * eps,  z = u or tanh(u)
+        log_q = sum [-eps^2 / 2 - log sigma - log(2 pi) / 2 - J],  J = 0 or log(1 - tanh(u)^2)
+
+    Args:
+        mu, logvar, seed, generator, eps, sample_shape, param, min_std, clamp: as for reparameterize. z = u has its bits.
+        event_ndim: how many trailing dims of mu log_q sums over, as for kl_divergence.
+        squash: None, or "tanh" for z = tanh(u), as in the policies of soft actor-critic. log_q is then the density of
+            the squashed z, computed from u: a saturated z gives neither infinity nor NaN.
+        path_derivative: True leaves out the gradient of log_q to the parameters of the density and keeps that by way of
+            z. Its mean is the same, and its variance vanishes as q approaches the target ("sticking the landing").
+
+    Returns:
+        (z, log_q): z as from reparameterize; log_q in nats, float32 (float64 for float64), of shape sample_shape +
+        mu.shape[:mu.dim() - event_ndim]. It is that of z before z is rounded to a half dtype.
+
+    Raises:
+        TypeError, ValueError: as reparameterize and kl_divergence.
+
+    Source:
+        Burda, Grosse, Salakhutdinov, "Importance Weighted Autoencoders", 2016; Roeder, Wu, Duvenaud, "Sticking the
+        Landing", 2017; Haarnoja et al., "Soft Actor-Critic", 2018, appendix C.
+
+    Example:
+        >>> import torch, reparam_kernels as rk
+        >>> z, log_q = rk.reparameterize_log_prob(torch.zeros(2, 3), torch.zeros(2, 3), sample_shape=(5,), seed=7)
+        >>> want = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1)
+        >>> log_q.shape, torch.allclose(log_q, want)
+        (torch.Size([5, 2]), True)
+    """
+    arguments = make_arguments(
+        "reparameterize_log_prob",
+        mu,
+        logvar,
+        z=True,
+        log_q=True,
+        seed=seed,
+        generator=generator,
+        eps=eps,
+        sample_shape=sample_shape,
+        event_ndim=event_ndim,
+        squash=squash,
+        path_derivative=path_derivative,
+        param=param,
+        min_std=min_std,
+        clamp=clamp,
+    )
+    z, _, log_q = execute(LATENT, arguments)
+    return z, log_q  # type: ignore[return-value]
+
+
+def reparameterize_mc_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    eps: Tensor | None = None,
+    sample_shape: tuple[int, ...] = (),
+    event_ndim: int | None = None,
+    prior: tuple[Tensor | float, Tensor | float] | None = None,
+    path_derivative: bool = False,
+    param: str = "logvar",
+    min_std: float = 0.0,
+    clamp: tuple[float, float] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw z and compute the Monte Carlo estimate of its KL, log q(z) - log p(z), in one pass.
+
+        kl = sum [eps w + w^2 / 2 - d],  w = (mu - mu_p) / sigma_p + expm1(d) eps,  d = log(sigma / sigma_p)
+
+    Args:
+        mu, logvar, seed, generator, eps, sample_shape, param, min_std, clamp: as for reparameterize.
+        event_ndim, prior: as for kl_divergence.
+        path_derivative: as for reparameterize_log_prob; the prior keeps its gradients.
+
+    Returns:
+        (z, kl): z as from reparameterize; kl in nats, float32 (float64 for float64), of shape sample_shape +
+        mu.shape[:mu.dim() - event_ndim]. Its mean over samples is kl_divergence; one estimate may be negative.
+
+    Raises:
+        TypeError, ValueError: as reparameterize and kl_divergence.
+
+    Source:
+        Kingma and Welling, "Auto-Encoding Variational Bayes", 2014, equation 6; the form without cancellation follows
+        from (z - mu_p) / sigma_p = eps + w.
+
+    Example:
+        >>> import torch, reparam_kernels as rk
+        >>> mu, logvar = torch.ones(1, 3), torch.zeros(1, 3)
+        >>> z, kl = rk.reparameterize_mc_kl(mu, logvar, sample_shape=(100000,), seed=7)
+        >>> kl.mean(0), rk.kl_divergence(mu, logvar)
+        (tensor([1.4988]), tensor([1.5000]))
+    """
+    arguments = make_arguments(
+        "reparameterize_mc_kl",
+        mu,
+        logvar,
+        z=True,
+        log_q=True,
+        minus_log_p=True,
+        seed=seed,
+        generator=generator,
+        eps=eps,
+        sample_shape=sample_shape,
+        event_ndim=event_ndim,
+        prior=prior,
+        path_derivative=path_derivative,
+        param=param,
+        min_std=min_std,
+        clamp=clamp,
+    )
+    z, _, kl = execute(LATENT, arguments)
+    return z, kl  # type: ignore[return-value]

@@ -20,6 +20,10 @@ class Config(NamedTuple):
 
     z: bool
     kl: bool
+    log_q: bool
+    minus_log_p: bool  # log_q is the log-ratio log q(z) - log p(z)
+    tanh: bool  # z = tanh(mu + sigma eps)
+    path_derivative: bool  # log_q has gradients by way of z alone
     sample_shape: tuple[int, ...]
     event_ndim: int
     param: str
@@ -62,15 +66,17 @@ def empty_prior_gradient(like: Tensor | None, mu: Tensor) -> Tensor:
     return mu.new_empty(mu.shape, dtype=mu.dtype if whole else compute_dtype(mu.dtype))
 
 
-def shapes(arguments: Arguments) -> tuple[Shape | None, Shape | None]:
-    """Return the shapes and dtypes of z and kl."""
+def shapes(arguments: Arguments) -> tuple[Shape | None, ...]:
+    """Return the shapes and dtypes of z, kl and log_q."""
     config, mu = arguments.config, arguments.mu
     dims = list(mu.shape)
     if config.packed is not None:
         dims[config.packed] //= 2
     z = Shape((*config.sample_shape, *dims), mu.dtype) if config.z else None
-    kl = Shape(tuple(dims[: len(dims) - config.event_ndim]), compute_dtype(mu.dtype)) if config.kl else None
-    return z, kl
+    rows, dtype = tuple(dims[: len(dims) - config.event_ndim]), compute_dtype(mu.dtype)
+    kl = Shape(rows, dtype) if config.kl else None
+    log_q = Shape((*config.sample_shape, *rows), dtype) if config.log_q else None
+    return z, kl, log_q
 
 
 def make_arguments(
@@ -80,6 +86,10 @@ def make_arguments(
     *,
     z: bool = False,
     kl: bool = False,
+    log_q: bool = False,
+    minus_log_p: bool = False,
+    squash: Any = None,
+    path_derivative: Any = False,
     seed: Any = None,
     generator: Any = None,
     eps: Any = None,
@@ -104,7 +114,10 @@ def make_arguments(
         checks.floating(where, "moments", mu)
         shape = torch.Size((*mu.shape[:packed], mu.shape[packed] // 2, *mu.shape[packed + 1 :]))
     compiling = torch.compiler.is_compiling()
-    config = _make_config(compiling, where, len(shape), z, kl, sample_shape, event_ndim, param, min_std, clamp, packed)
+    outputs = (z, kl, log_q, minus_log_p, _is_tanh(where, squash), _is_true(where, path_derivative))
+    config = _make_config(
+        compiling, where, len(shape), outputs, sample_shape, event_ndim, param, min_std, clamp, packed
+    )
     mu_p, x_p = (None, None) if prior is None else _take_prior(where, prior, mu, shape)
     if not z:
         seed = None
@@ -157,20 +170,36 @@ def _promote(mu: Tensor, logvar: Tensor, eps: Any, prior: Any) -> tuple[Tensor, 
     return mu.to(dtype), logvar.to(dtype), eps, tuple(pair) if pair else prior
 
 
-def _make_config(compiling: bool, where: str, ndim: int, z: bool, kl: bool, sample_shape: Any, *options: Any) -> Config:
+def _is_tanh(where: str, squash: Any) -> bool:
+    if squash not in (None, "tanh"):
+        raise ValueError(f'{where}: squash must be None or "tanh"; got {squash!r}. Use a transform of torch for others.')
+    return squash is not None
+
+
+def _is_true(where: str, path_derivative: Any) -> bool:
+    if not isinstance(path_derivative, bool):
+        raise TypeError(
+            f"{where}: path_derivative must be True or False; got {path_derivative!r}. "
+            "True leaves out the gradient of log q to its own parameters."
+        )
+    return path_derivative
+
+
+def _make_config(
+    compiling: bool, where: str, ndim: int, outputs: tuple[bool, ...], sample_shape: Any, *options: Any
+) -> Config:
     event_ndim, param, min_std, clamp, packed = options
     sample_shape = tuple(sample_shape) if isinstance(sample_shape, list) else sample_shape
     clamp = tuple(clamp) if isinstance(clamp, list) else clamp
     symbolic = sample_shape != () and isinstance(sample_shape, tuple) and torch.SymInt in map(type, sample_shape)
     make = _check_config if compiling or symbolic else _cached_config  # torch.compile warns about a cache
-    return make(where, ndim, z, kl, sample_shape, event_ndim, param, min_std, clamp, packed)
+    return make(where, ndim, outputs, sample_shape, event_ndim, param, min_std, clamp, packed)
 
 
 def _check_config(
     where: str,
     ndim: int,
-    z: bool,
-    kl: bool,
+    outputs: tuple[bool, ...],
     sample_shape: Any,
     event_ndim: Any,
     param: Any,
@@ -180,8 +209,9 @@ def _check_config(
 ) -> Config:
     min_std, clamp = _check_scale(where, param, min_std, clamp)
     sample_shape = checks.sizes(where, "sample_shape", sample_shape)
-    event_ndim = _check_event_ndim(where, event_ndim, ndim) if kl else 0
-    return Config(z, kl, sample_shape, event_ndim, param, min_std, clamp, packed)
+    _, kl, log_q, *_ = outputs
+    event_ndim = _check_event_ndim(where, event_ndim, ndim) if kl or log_q else 0
+    return Config(*outputs, sample_shape, event_ndim, param, min_std, clamp, packed)
 
 
 _cached_config = lru_cache(maxsize=1024)(_check_config)
@@ -190,7 +220,7 @@ _cached_config = lru_cache(maxsize=1024)(_check_config)
 def _check_event_ndim(where: str, event_ndim: Any, ndim: int) -> int:
     if event_ndim is None:
         return max(ndim - 1, min(ndim, 1))
-    do = "Pass how many trailing dims of mu the KL sums over."
+    do = "Pass how many trailing dims of mu the sum runs over."
     value = checks.integer(where, "event_ndim", event_ndim, do)
     if not 0 <= value <= ndim:
         raise ValueError(f"{where}: event_ndim must lie in [0, {ndim}], the number of dims of mu; got {value}. {do}")

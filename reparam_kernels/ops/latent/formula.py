@@ -37,33 +37,49 @@ def bounded_exp(x: Tensor) -> Tensor:
     return torch.exp(x.clamp(-limit, limit).detach() + (x - x.detach()).nan_to_num())
 
 
-def formula(arguments: Arguments) -> tuple[Tensor | None, Tensor | None]:
-    """Compute z and kl, differentiable to any order."""
+def formula(arguments: Arguments) -> tuple[Tensor | None, ...]:
+    """Compute z, kl and log_q, differentiable to any order."""
     config, dtype = arguments.config, arguments.mu.dtype
     mu, x = unpacked(arguments)
     shape = config.sample_shape + tuple(mu.shape)
     mu, x = widen(mu), widen(x)
     if config.clamp is not None:
         x = x.clamp(*config.clamp)
-    z = kl = None
+    sigma, log_std = sigma_of(x, config.param, config.min_std), log_sigma(x, config.param, config.min_std)
+    mu_p, log_std_p = torch.zeros_like(mu), torch.zeros_like(mu)
+    if arguments.mu_p is not None and arguments.x_p is not None:
+        mu_p, log_std_p = widen(arguments.mu_p), log_sigma(widen(arguments.x_p), config.param, config.min_std)
+    z = kl = log_q = None
     if config.z:
         if arguments.eps is not None:
             eps = widen(arguments.eps)
         else:
             assert arguments.seed is not None  # drawn by make_arguments
             eps = reference_noise(arguments.seed, shape, math.prod(config.sample_shape)).to(mu.dtype)
-        z = (mu + sigma_of(x, config.param, config.min_std) * eps).to(dtype).contiguous()
+        u = mu + sigma * eps
+        z = (torch.tanh(u) if config.tanh else u).to(dtype).contiguous()
     if config.kl:
-        delta, d = mu, 2 * log_sigma(x, config.param, config.min_std)
-        if arguments.mu_p is not None and arguments.x_p is not None:
-            log_sigma_p = log_sigma(widen(arguments.x_p), config.param, config.min_std)
-            d = d - 2 * log_sigma_p
-            delta = (mu - widen(arguments.mu_p)) * bounded_exp(-log_sigma_p)
-        kl = (delta**2 + torch.expm1(d) - d) / 2
-        if config.event_ndim:
-            kl = kl.sum(dim=tuple(range(-config.event_ndim, 0)))
-        kl = kl.to(compute_dtype(dtype)).contiguous()
-    return z, kl
+        delta, d = (mu - mu_p) * bounded_exp(-log_std_p), 2 * (log_std - log_std_p)
+        kl = sum_events((delta**2 + torch.expm1(d) - d) / 2, arguments)
+    if config.log_q:
+        if config.path_derivative:  # the density's own parameters are constants; the value of eps stays exact
+            eps, log_std = eps + (u - u.detach()) / sigma.detach(), log_std.detach()
+        terms = -(eps**2) / 2 - log_std
+        if config.minus_log_p:
+            terms = terms + ((u - mu_p) * bounded_exp(-log_std_p)) ** 2 / 2 + log_std_p
+        else:
+            terms = terms - math.log(2 * math.pi) / 2
+        if config.tanh:
+            terms = terms - 2 * (math.log(2) - u - softplus(-2 * u))  # log of the derivative of tanh
+        log_q = sum_events(terms, arguments)
+    return z, kl, log_q
+
+
+def sum_events(terms: Tensor, arguments: Arguments) -> Tensor:
+    """Sum over the event dims, in the dtype of the results."""
+    event_ndim = arguments.config.event_ndim
+    total = terms.sum(dim=tuple(range(-event_ndim, 0))) if event_ndim else terms
+    return total.to(compute_dtype(arguments.mu.dtype)).contiguous()
 
 
 def widen(t: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ LATENT = Op(
     "latent",
     Arguments,
     inputs=("mu", "x", "mu_p", "x_p"),
-    outputs=("z", "kl"),
+    outputs=("z", "kl", "log_q"),
     formula=formula,
     shapes=shapes,
     package=__package__,

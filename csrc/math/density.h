@@ -1,0 +1,91 @@
+// The log-density of one sample of one element, log N(z; mu, sigma^2), alone or less that of a prior, and tanh.
+#pragma once
+#include "math/gaussian.h"
+
+namespace reparam {
+namespace {
+
+template <class C>
+constexpr C kHalfLog2Pi = C(.91893853320467274178);
+
+// Both Gaussians, as the terms of every sample need them: d = log(sigma / sigma_p), f = expm1(d),
+// delta = (mu - mu_p) / sigma_p. slope is d log sigma / dx, and slope_p is d log sigma_p / dx_p.
+template <class C>
+struct Densities {
+  C sigma, log_sigma, slope, inverse;  // inverse = 1 / sigma
+  C d, f, delta, slope_p, inverse_p;
+};
+
+REPARAM_INLINE float exp_of_half(float x) { return exp_half(x).sigma; }
+REPARAM_INLINE double exp_of_half(double x) { return __builtin_exp(.5 * x); }
+REPARAM_INLINE float expm1_of_half(float x) { return exp_half(x).d; }
+REPARAM_INLINE double expm1_of_half(double x) { return __builtin_expm1(.5 * x); }
+
+// From lv = 2 log sigma and lvp = 2 log sigma_p; scale is the derivative of log sigma.
+template <class C>
+REPARAM_INLINE Densities<C> densities_from_log(C scale, C mu, C lv, C mu_p, C lvp) {
+  constexpr C kLow = sizeof(C) == 4 ? C(-170) : C(-1400), kHigh = sizeof(C) == 4 ? C(175) : C(1400);
+  const C quarter = C(-.5) * lvp;
+  const C root = exp_of_half(quarter < kLow ? kLow : quarter > kHigh ? kHigh : quarter);  // 1 / sigma_p is its square
+  const C d2 = lv - lvp;
+  return {exp_of_half(lv), C(.5) * lv, scale, exp_of_half(-lv),
+          C(.5) * d2, expm1_of_half(d2), (mu - mu_p) * root * root, scale, root * root};
+}
+
+template <Param kParam, bool kPrior, class C>
+REPARAM_INLINE Densities<C> densities(const Constants<C>& c, C mu, C x, C mu_p, C x_p) {
+  if constexpr (kParam == Param::logvar) {
+    return densities_from_log(C(.5), mu, x, mu_p, kPrior ? x_p : C(0));
+  } else if constexpr (kParam == Param::logstd) {
+    return densities_from_log(C(1), mu, x + x, mu_p, kPrior ? x_p + x_p : C(0));
+  } else if constexpr (kParam == Param::std) {
+    const C p = kPrior ? x_p : C(1), q = x / p, log_x = log(x);
+    return {x, log_x, 1 / x, 1 / x, kPrior ? log_ratio(x, p, q) : log_x, (x - p) / p, (mu - mu_p) / p, 1 / p, 1 / p};
+  } else {
+    const Softplus<C> s = softplus(x), p = kPrior ? softplus(x_p) : Softplus<C>{1 - c.min_std, c.unit_slope};
+    const C sigma = s.value + c.min_std, sigma_p = p.value + c.min_std;
+    const C difference = softplus_difference(x, s, kPrior ? x_p : c.unit_hi, kPrior ? C(0) : c.unit_lo, p);
+    // softplus(x) is exp(x) below, so that log sigma falls further although sigma stays
+    const bool bare = c.min_std == 0;
+    const C beyond = bare & (x < -kExpUnderflow<C>) ? x + kExpUnderflow<C> : C(0);
+    const C beyond_p = kPrior && (bare & (x_p < -kExpUnderflow<C>)) ? x_p + kExpUnderflow<C> : C(0);
+    const C log_sigma = log(sigma) + beyond, log_sigma_p = kPrior ? log(sigma_p) + beyond_p : C(0);
+    const bool both = kPrior && (bare & (x < -kExpUnderflow<C>) & (x_p < -kExpUnderflow<C>));
+    const C f = both ? expm1(x - x_p) : difference / sigma_p;
+    // near 0, f is exact to the last digits, and the difference of two logarithms is not
+    const C near = f - minus_log1p(f);
+    const C d = (f > C(-.5)) & (f < C(1)) ? near : log_sigma - log_sigma_p;
+    return {sigma, log_sigma, s.slope / sigma, 1 / sigma, d, f, (mu - mu_p) / sigma_p, p.slope / sigma_p, 1 / sigma_p};
+  }
+}
+
+// The log-density of a sample, and that less the log-density of the prior. Their sums are without cancellation.
+template <class C>
+REPARAM_INLINE C log_density(const Densities<C>& e, C eps) {
+  return -fma(C(.5) * eps, eps, e.log_sigma + kHalfLog2Pi<C>);
+}
+template <class C>
+REPARAM_INLINE C log_ratio_of_densities(const Densities<C>& e, C eps) {
+  const C w = fma(e.f, eps, e.delta);  // (z - mu_p) / sigma_p - eps
+  return fma(w, fma(C(.5), w, eps), -e.d);
+}
+
+// z = tanh(u), its derivative, and the logarithm of that, each to full relative accuracy.
+template <class C>
+struct Tanh {
+  C value, slope, log_slope;
+};
+REPARAM_INLINE Tanh<float> squash(float u) {
+  const float size = __builtin_fabsf(u);
+  const Exp e = exp_half(-4.f * size);  // sigma = exp(-2 |u|), d = expm1(-2 |u|)
+  const float inverse = 1.f / (1.f + e.sigma), value = -e.d * inverse;
+  return {__builtin_copysignf(value, u), 4.f * e.sigma * inverse * inverse,
+          2.f * ((.693147181f - size) - log1p(e.sigma))};
+}
+REPARAM_INLINE Tanh<double> squash(double u) {
+  const double size = __builtin_fabs(u), t = __builtin_exp(-2 * size), inverse = 1 / (1 + t);
+  return {__builtin_tanh(u), 4 * t * inverse * inverse, 2 * ((.69314718055994530942 - size) - __builtin_log1p(t))};
+}
+
+}  // namespace
+}  // namespace reparam
