@@ -11,7 +11,7 @@ from torch import Tensor
 from .core.seeds import make_seed
 from .ops import latent
 from .ops.latent.arguments import make_arguments
-from .ops.latent.formula import formula
+from .ops.latent.op import LATENT
 from .ops.noise.formula import reference_noise
 
 __all__ = ["kl_divergence", "randn", "reparameterize", "reparameterize_kl"]
@@ -40,7 +40,7 @@ def _in_plain_torch(function: Callable[..., Any], *, z: bool = False, kl: bool =
     def plain(*args: Any, **options: Any) -> Any:
         for name in options.keys() - keywords:
             raise TypeError(f"{where}() got an unexpected keyword argument {name!r}")
-        outputs = formula(make_arguments(where, *args, z=z, kl=kl, **options))
+        outputs = LATENT.in_place_of_kernels(make_arguments(where, *args, z=z, kl=kl, **options))
         return outputs if z and kl else outputs[0] if z else outputs[1]
 
     return plain
