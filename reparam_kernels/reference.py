@@ -11,7 +11,7 @@ from torch import Tensor
 from .core.seeds import make_seed
 from .ops import latent
 from .ops.latent.arguments import make_arguments
-from .ops.latent.formula import formula
+from .ops.latent.op import LATENT
 from .ops.noise.formula import reference_noise
 
 __all__ = [
@@ -47,7 +47,8 @@ def _in_plain_torch(function: Callable[..., Any], **asked: bool) -> Callable[...
     def plain(*args: Any, **options: Any) -> Any:
         for name in options.keys() - keywords:
             raise TypeError(f"{where}() got an unexpected keyword argument {name!r}")
-        outputs = [t for t in formula(make_arguments(where, *args, **asked, **options)) if t is not None]
+        asked_outputs = LATENT.in_place_of_kernels(make_arguments(where, *args, **asked, **options))
+        outputs = [t for t in asked_outputs if t is not None]
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     return plain

@@ -22,6 +22,11 @@ struct Element {
   C sigma, kl, dsigma, dkl_x, dkl_mu, dkl_xp;
 };
 
+// The slope by which to multiply the gradient g. If g is 0, only the sign of the slope is kept: then g * slope is 0 even
+// if the slope is infinite or NaN, and a finite product keeps its bits.
+REPARAM_INLINE float slope_at(float g, float slope) { return g == 0 ? __builtin_copysignf(0, slope) : slope; }
+REPARAM_INLINE double slope_at(double g, double slope) { return g == 0 ? __builtin_copysign(0, slope) : slope; }
+
 // Options in the type of the arithmetic, and constants derived from them.
 template <class C>
 struct Constants {
@@ -79,7 +84,8 @@ REPARAM_INLINE Element<C> from_std(C mu, Softplus<C> s, C mu_p, Softplus<C> p, R
   const C g = minus_log1p(r.f);
   const C above = fma(r.f, r.f, g + g);
   const C below = fma(C(-2), r.log_q, fma(r.q, r.q, C(-1)));
-  const C k = r.f < C(-.6) ? below : r.f < kHuge ? above : r.f * r.f;  // keeps NaN
+  // Below -.6, and if sigma_p is infinite and f therefore NaN, the terms do not cancel. Every branch keeps NaN.
+  const C k = r.f >= C(-.6) ? (r.f < kHuge ? above : r.f * r.f) : below;
   const C delta = kPrior ? (mu - mu_p) / p.value : mu;
   Element<C> out;
   out.sigma = s.value;
@@ -114,8 +120,9 @@ REPARAM_INLINE Element<C> from_softplus(const Constants<C>& c, C mu, C x, C mu_p
 template <bool kPrior, class C>
 REPARAM_INLINE Element<C> from_plain_std(C mu, C x, C mu_p, C x_p) {
   if constexpr (kPrior) {
-    const C q = x / x_p;
-    return from_std<true>(mu, {x, 1}, mu_p, {x_p, 1}, Ratio<C>{(x - x_p) / x_p, q, log_ratio(x, x_p, q)});
+    constexpr C kLargest = sizeof(C) == 4 ? C(__FLT_MAX__) : C(__DBL_MAX__);
+    const C q = x / x_p, p = x_p > kLargest ? kLargest : x_p;  // so that f is -1 for an infinite sigma_p
+    return from_std<true>(mu, {x, 1}, mu_p, {x_p, 1}, Ratio<C>{(x - p) / p, q, log_ratio(x, x_p, q)});
   } else {
     return from_std<false>(mu, {x, 1}, C(0), {1, 1}, Ratio<C>{x - 1, x, log(x)});
   }

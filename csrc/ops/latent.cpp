@@ -2,6 +2,8 @@
 // load -> clamp -> element (posterior against prior) -> noise -> z and kl, or gradients -> store.
 #include "ops/latent.h"
 
+#include <type_traits>
+
 #include "core/sum.h"
 
 namespace reparam {
@@ -129,48 +131,82 @@ inline void forward_chunk(const LatentArguments& a, const Constants<C>& c, const
 
 // ---- backward
 
+// The factor of the gradient g in a product: the slope, or if kZeros slope_at, which is needed only where a g may be 0.
+template <bool kZeros, class C>
+REPARAM_INLINE C factor(C g, C slope) {
+  return kZeros ? slope_at(g, slope) : slope;
+}
+
+// All ones if x is 0 or NaN, in the width of x, which vectorises without conversions.
+template <class C>
+using Mask = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
+template <class C>
+REPARAM_INLINE Mask<C> zero_or_nan(C x) {
+  return __builtin_islessgreater(x, C(0)) ? 0 : -1;
+}
+
 // The gradients that reach an element: dz and dz * eps, each summed over the samples, and its row's dkl. A null pointer
-// means that there is none.
+// means that there is none. zeros: some dsigma or dkl is 0 or NaN.
 template <class C>
 struct UpstreamGrads {
   const C *dz = nullptr, *dsigma = nullptr, *dkl = nullptr;
+  bool zeros = false;
   Scratch<C> dz_s, dsigma_s, dkl_s;
 
   inline UpstreamGrads(const LatentArguments& a, int64_t first, int n) {
-    if (a.dz.data) sum_samples(a, first, n);
+    if (a.dz.data) {
+      zeros = sum_samples<false>(a, first, n);
+      if (zeros && a.eps.given.data) sum_samples<true>(a, first, n);  // eps that is made is finite
+    }
     if (a.dkl.data) expand_rows(a, first, n);
   }
 
-  inline void sum_samples(const LatentArguments& a, int64_t first, int n) {
+  // Returns true if some dsigma is 0 or NaN.
+  template <bool kZeros>
+  inline bool sum_samples(const LatentArguments& a, int64_t first, int n) {
     Scratch<C> sample_s, eps_s;
     dz = load(a.dz, first, n, dz_s.data);
     const C* eps = load_or_make_eps(a.eps, 0, first, n, eps_s);
-#pragma omp simd
-    for (int i = 0; i < n; ++i) dsigma_s.data[i] = dz[i] * eps[i];
+    Mask<C> found = 0;
+#pragma omp simd reduction(| : found)
+    for (int i = 0; i < n; ++i) {
+      const C d = dz[i] * factor<kZeros>(dz[i], eps[i]);
+      dsigma_s.data[i] = d;
+      found |= zero_or_nan(d);
+    }
     dsigma = dsigma_s.data;
     for (int64_t sample = 1; sample < a.samples; ++sample) {
       const C* g = load(a.dz, sample * a.n + first, n, sample_s.data);
       eps = load_or_make_eps(a.eps, sample, first, n, eps_s);
-#pragma omp simd
+      found = 0;
+#pragma omp simd reduction(| : found)
       for (int i = 0; i < n; ++i) {
         dz_s.data[i] = dz[i] + g[i];
-        dsigma_s.data[i] = fma(g[i], eps[i], dsigma_s.data[i]);
+        const C d = fma(g[i], factor<kZeros>(g[i], eps[i]), dsigma_s.data[i]);
+        dsigma_s.data[i] = d;
+        found |= zero_or_nan(d);
       }
       dz = dz_s.data;
     }
+    return found != 0;
   }
 
   inline void expand_rows(const LatentArguments& a, int64_t first, int n) {
     Scratch<C> row_s;
     const int rows = (int)((first + n - 1) / a.cols - first / a.cols) + 1;
-    const C* row = load(a.dkl, first / a.cols, rows, row_s.data);
+    const C* row = load(a.dkl, first / a.cols, rows, a.cols == 1 ? dkl_s.data : row_s.data);
+    Mask<C> found = 0;
+#pragma omp simd reduction(| : found)
+    for (int r = 0; r < rows; ++r) found |= zero_or_nan(row[r]);
+    zeros |= found != 0;
+    dkl = a.cols == 1 ? row : dkl_s.data;
+    if (a.cols == 1) return;
     int at = 0;
     for (int r = 0; r < rows; ++r) {
       const int64_t end = (first / a.cols + r + 1) * a.cols - first;
       const int stop = end < n ? (int)end : n;
       for (; at < stop; ++at) dkl_s.data[at] = row[r];
     }
-    dkl = dkl_s.data;
   }
 };
 
@@ -189,8 +225,8 @@ struct GradOutput {
   }
 };
 
-// Computes all gradients in one loop; kZ and kKl say which upstream gradients there are.
-template <class C, Param kParam, bool kPrior, bool kZ, bool kKl>
+// Computes all gradients in one loop; kZ and kKl say which upstream gradients there are, kZeros if some may be 0.
+template <class C, Param kParam, bool kPrior, bool kZ, bool kKl, bool kZeros>
 inline void gradients(const Constants<C> c, int n, const Inputs<C>& in, const UpstreamGrads<C>& g, C* __restrict dmu,
                       C* __restrict dx, C* __restrict dmu_p, C* __restrict dx_p) {
   const C *mu = in.mu, *x = in.x, *mu_p = in.mu_p, *x_p = in.x_p, *dz = g.dz, *dsigma = g.dsigma, *dkl = g.dkl;
@@ -198,18 +234,18 @@ inline void gradients(const Constants<C> c, int n, const Inputs<C>& in, const Up
   for (int i = 0; i < n; ++i) {
     const Element<C> e = element<kParam, kPrior>(c, mu[i], x[i], kPrior ? mu_p[i] : C(0), kPrior ? x_p[i] : C(0));
     if constexpr (kZ && kKl) {
-      dmu[i] = fma(dkl[i], e.dkl_mu, dz[i]);
-      dx[i] = fma(dsigma[i], e.dsigma, dkl[i] * e.dkl_x);
+      dmu[i] = fma(dkl[i], factor<kZeros>(dkl[i], e.dkl_mu), dz[i]);
+      dx[i] = fma(dsigma[i], factor<kZeros>(dsigma[i], e.dsigma), dkl[i] * factor<kZeros>(dkl[i], e.dkl_x));
     } else if constexpr (kKl) {
-      dmu[i] = dkl[i] * e.dkl_mu;
-      dx[i] = dkl[i] * e.dkl_x;
+      dmu[i] = dkl[i] * factor<kZeros>(dkl[i], e.dkl_mu);
+      dx[i] = dkl[i] * factor<kZeros>(dkl[i], e.dkl_x);
     } else {
       dmu[i] = dz[i];
-      dx[i] = dsigma[i] * e.dsigma;
+      dx[i] = dsigma[i] * factor<kZeros>(dsigma[i], e.dsigma);
     }
     if constexpr (kPrior) {
-      dmu_p[i] = -(dkl[i] * e.dkl_mu);
-      dx_p[i] = dkl[i] * e.dkl_xp;
+      dmu_p[i] = -(dkl[i] * factor<kZeros>(dkl[i], e.dkl_mu));
+      dx_p[i] = dkl[i] * factor<kZeros>(dkl[i], e.dkl_xp);
     }
   }
 }
@@ -221,11 +257,14 @@ inline void backward_chunk(const LatentArguments& a, const Constants<C>& c, cons
   const Inputs<C> in(a, c, first, n);
   const UpstreamGrads<C> g(a, first, n);
   const GradOutput<C> dmu(a.dmu, first), dx(a.dx, first), dmu_p(a.dmu_p, first), dx_p(a.dx_p, first);
-  const auto run = [&](auto from_z, auto from_kl) {
+  const auto run_with = [&](auto from_z, auto from_kl, auto zeros) {
     dispatch_options(a, [&](auto param, auto prior) {
-      gradients<C, param.value, prior.value && from_kl.value, from_z.value, from_kl.value>(
+      gradients<C, param.value, prior.value && from_kl.value, from_z.value, from_kl.value, zeros.value>(
           c, n, in, g, dmu.data, dx.data, dmu_p.data, dx_p.data);
     });
+  };
+  const auto run = [&](auto from_z, auto from_kl) {
+    g.zeros ? run_with(from_z, from_kl, Bool<true>()) : run_with(from_z, from_kl, Bool<false>());
   };
   if (g.dz && g.dkl)
     run(Bool<true>(), Bool<true>());

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, torch_modes
-from .op import Op, Outputs
+from .op import Op, Outputs, any_requires_grad
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
@@ -18,12 +18,12 @@ def execute(op: Op[Any], arguments: Any) -> Outputs:
     wants_noise_grad = grad_enabled and any_requires_grad(tensors[op.n_inputs :])  # the kernels give it no gradient
     if torch.compiler.is_compiling():
         if not backends.has_kernels(device.type):
-            return op.formula(arguments)
+            return op.in_place_of_kernels(arguments)
         in_formula = wants_noise_grad or torch_modes.compiling_a_transform()
         return op.by_formula(arguments) if in_formula else op.registered(arguments)
     kernels = op.kernels(device)
     if kernels is None:
-        return op.formula(arguments)
+        return op.in_place_of_kernels(arguments)
     if wants_noise_grad or torch_modes.in_transform():
         return op.by_formula(arguments)
     if torch_modes.in_dispatch_mode() or not _PLAIN.issuperset(map(type, tensors)):
@@ -32,10 +32,3 @@ def execute(op: Op[Any], arguments: Any) -> Outputs:
     if grad_enabled and any_requires_grad(tensors[: op.n_inputs]):
         return op.eager(arguments)
     return kernels.forward(arguments)  # type: ignore[no-any-return]
-
-
-def any_requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
-    for t in tensors:  # noqa: SIM110  a generator expression is slower
-        if t is not None and t.requires_grad:
-            return True
-    return False

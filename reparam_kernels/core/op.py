@@ -44,6 +44,8 @@ class Op(Generic[A]):
     inputs: the names of the tensors that get gradients.
     outputs: the names of the outputs.
     formula: arguments -> outputs in plain torch, differentiable to any order; None for an output not asked for.
+    gradient_formula: arguments, output gradients -> the outputs from which autograd computes the gradients to the
+        inputs. Where an output gradient is 0 and a slope is not finite, it holds the inputs constant.
     shapes: arguments -> a Shape for each output, None for one not asked for.
     package: holds cpu.py and triton.py, each with forward(arguments) -> outputs and backward(arguments, output
         gradients, wanted) -> input gradients, contiguous. A gradient may have the shape to which its input expands.
@@ -60,19 +62,21 @@ class Op(Generic[A]):
         formula: Callable[[A], Outputs],
         shapes: Callable[[A], tuple[Shape | None, ...]],
         package: str,
+        gradient_formula: Callable[[A, Outputs], Outputs] | None = None,
         with_noise: Callable[[A], A] = lambda arguments: arguments,
     ) -> None:
         self.name, self.arguments, self.formula, self.shapes = name, arguments, formula, shapes
         self.package, self.with_noise = package, with_noise
+        self.gradient_formula = gradient_formula or (lambda arguments, grads: formula(arguments))
         hints = get_type_hints(arguments)
         *tensors, options = hints
         self.n_inputs, self.n_tensors, self.n_outputs = len(inputs), len(tensors), len(outputs)
         self.options: Any = hints[options]
         self._option_types = list(get_type_hints(self.options).values())
-        self.function = autograd_function(self)
+        self.function, self.formula_function = kernels_function(self), formula_function(self)
         self._register({n: hints[n] for n in tensors} | get_type_hints(self.options), inputs, outputs)
 
-    # The three ways to run. execute.py chooses between them and the formula.
+    # The ways to run. execute.py chooses between them and the formula.
 
     def kernels(self, device: torch.device) -> Any:
         """Return the module of kernels for a device, or None if the formula runs there."""
@@ -91,6 +95,16 @@ class Op(Generic[A]):
         """Run the formula with the kernels' noise as a constant. This is correct under any nesting of transforms."""
         return self.formula(self.with_noise(arguments))
 
+    def in_place_of_kernels(self, arguments: A) -> Outputs:
+        """Run the formula with noise of its own and, where only autograd looks on, with the gradients of the kernels."""
+        inputs, others = arguments[: self.n_inputs], arguments[self.n_inputs : -1]
+        under_autograd = any_requires_grad(inputs) and not any_requires_grad(others) and torch.is_grad_enabled()
+        if not under_autograd or torch.compiler.is_compiling() or torch_modes.in_transform():
+            return self.formula(arguments)
+        if torch_modes.in_dispatch_mode():  # which sees the formula's own ops
+            return self.formula(arguments)
+        return self.formula_function.apply(arguments, *inputs)  # type: ignore[no-any-return]
+
     # Gradients.
 
     def gradients(self, arguments: A, grads: Outputs, wanted: Sequence[bool]) -> Outputs:
@@ -107,17 +121,17 @@ class Op(Generic[A]):
 
     def differentiable_gradients(self, arguments: A, grads: Outputs, wanted: Sequence[bool]) -> Outputs:
         """Compute the same gradients by autograd of the formula, so that autograd can differentiate them again."""
-        n = self.n_inputs
+        n, create_graph = self.n_inputs, torch.is_grad_enabled()
         with torch.enable_grad():
             inputs = fresh_views(arguments[:n])
-            outputs = self.by_formula(self.arguments._make((*inputs, *arguments[n:])))
+            outputs = self.gradient_formula(self.arguments._make((*inputs, *arguments[n:])), grads)
             pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if y is not None and g is not None]
             asked = [t for t, want in zip(inputs, wanted, strict=True) if want and t is not None]
             if not pairs:
                 return (None,) * n
             ys, gs = zip(*pairs, strict=True)
-            asked_grads = iter(torch.autograd.grad(ys, asked, gs, create_graph=True, allow_unused=True))
-        return tuple(next(asked_grads) if want else None for want in wanted)
+            asked_grads = iter(torch.autograd.grad(ys, asked, gs, create_graph=create_graph, allow_unused=True))
+        return tuple(next(asked_grads) if want and t is not None else None for t, want in zip(inputs, wanted, strict=True))
 
     # The arguments as torch's dispatcher takes them: one flat list.
 
@@ -219,7 +233,7 @@ class BackwardRules:
             saved = ctx.saved_tensors
             variables = fresh_views((*saved[:n], *saved[op.n_tensors :]))
             arguments = op.unflatten((*variables[:n], *saved[n : op.n_tensors], *ctx.options))
-            outputs = op.differentiable_gradients(arguments, tuple(variables[n:]), ctx.wanted)
+            outputs = op.differentiable_gradients(op.with_noise(arguments), tuple(variables[n:]), ctx.wanted)
         pairs = [
             (y, g) for y, g in zip(outputs, grads, strict=True) if y is not None and g is not None and y.requires_grad
         ]
@@ -234,23 +248,40 @@ class BackwardRules:
         return *to_all[:n], *[None] * (after - n), *to_all[n:], None
 
 
-def autograd_function(op: Op[Any]) -> Any:
-    """Make the autograd.Function of the eager path. It saves the arguments and nothing else."""
+def kernels_function(op: Op[Any]) -> Any:
+    """Make the autograd.Function of the eager path."""
+
+    def gradients(arguments: Any, grads: Outputs, wanted: Sequence[bool]) -> Outputs:
+        if torch.compiler.is_compiling():
+            return op.registered_gradients(arguments, grads, wanted)
+        if torch.is_grad_enabled() or torch_modes.is_batched_grad(*grads):
+            return op.differentiable_gradients(op.with_noise(arguments), grads, wanted)
+        return op.gradients(arguments, grads, wanted)
+
+    return autograd_function(op, lambda arguments: op.kernels(arguments[0].device).forward(arguments), gradients)
+
+
+def formula_function(op: Op[Any]) -> Any:
+    """Make the autograd.Function that runs the formula in place of the kernels."""
+    return autograd_function(op, op.formula, op.differentiable_gradients)
+
+
+def autograd_function(
+    op: Op[Any],
+    run: Callable[[Any], Outputs],
+    gradients: Callable[[Any, Outputs, Sequence[bool]], Outputs],
+) -> Any:
+    """Make an autograd.Function. It saves the arguments and nothing else."""
 
     def forward(ctx: Any, arguments: Any, *inputs: Tensor | None) -> Outputs:
         ctx.save_for_backward(*arguments[:-1])
         ctx.options = arguments[-1]
         ctx.set_materialize_grads(False)
-        return op.kernels(arguments[0].device).forward(arguments)  # type: ignore[no-any-return]
+        return run(arguments)
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         arguments = op.arguments._make((*ctx.saved_tensors, ctx.options))
-        wanted = ctx.needs_input_grad[1:]
-        if torch.compiler.is_compiling():
-            return None, *op.registered_gradients(arguments, grads, wanted)
-        if torch.is_grad_enabled() or torch_modes.is_batched_grad(*grads):
-            return None, *op.differentiable_gradients(arguments, grads, wanted)
-        return None, *op.gradients(arguments, grads, wanted)
+        return None, *gradients(arguments, grads, ctx.needs_input_grad[1:])
 
     base: Any = torch.autograd.Function
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
@@ -293,6 +324,13 @@ def as_plain_tensor(value: Any) -> Any:
 def resolve_neg(t: Tensor) -> Tensor:
     """Resolve a lazy negation; torch.compile makes none."""
     return t if torch.compiler.is_compiling() or not t.is_neg() else t.resolve_neg()
+
+
+def any_requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
+    for t in tensors:  # noqa: SIM110  a generator expression is slower
+        if t is not None and t.requires_grad:
+            return True
+    return False
 
 
 def fresh_views(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

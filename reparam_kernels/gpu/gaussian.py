@@ -75,6 +75,20 @@ class Ratio(NamedTuple):
 
 
 @triton.jit
+def slope_at(g, slope):
+    """Return the slope by which to multiply the gradient g.
+
+    If g is 0, only the sign of the slope is kept: then g * slope is 0 even if the slope is infinite or NaN, and a
+    finite product keeps its bits.
+    """
+    if slope.dtype == tl.float64:
+        zero = (slope.to(tl.int64, bitcast=True) & -0x8000000000000000).to(tl.float64, bitcast=True)
+    else:
+        zero = (slope.to(tl.int32, bitcast=True) & -0x80000000).to(tl.float32, bitcast=True)
+    return tl.where(g == 0.0, zero, slope)
+
+
+@triton.jit
 def in_bounds(x, OPTIONS: tl.constexpr):
     return (x >= tl.full((), OPTIONS.LOW, x.dtype)) & (x <= tl.full((), OPTIONS.HIGH, x.dtype))
 
@@ -128,7 +142,8 @@ def from_std(mu, s, mu_p, p, r, PRIOR: tl.constexpr):
     g = minus_log1p(r.f)
     above = fma(r.f, r.f, g + g)
     below = fma(r.log_q, -2.0, fma(r.q, r.q, -1.0))
-    k = tl.where(r.f < -0.6, below, tl.where(r.f < HUGE, above, r.f * r.f))  # keeps NaN
+    # Below -0.6, and if sigma_p is infinite and f therefore NaN, the terms do not cancel. Every branch keeps NaN.
+    k = tl.where(r.f >= -0.6, tl.where(r.f < HUGE, above, r.f * r.f), below)
     if PRIOR:
         delta = div(mu - mu_p, p.value)
         dkl_mu = div(delta, p.value)
@@ -143,9 +158,11 @@ def from_std(mu, s, mu_p, p, r, PRIOR: tl.constexpr):
 def from_plain_std(mu, x, mu_p, x_p, PRIOR: tl.constexpr):
     one = tl.zeros_like(x) + 1.0
     s = Softplus(x, one)
+    LARGEST: tl.constexpr = 1.7976931348623157e308 if x.dtype == tl.float64 else 3.4028234663852886e38
     if PRIOR:
         q = div(x, x_p)
-        r = Ratio(div(x - x_p, x_p), q, log_ratio(x, x_p, q))
+        p = tl.where(x_p > LARGEST, LARGEST, x_p)  # so that f is -1 for an infinite sigma_p
+        r = Ratio(div(x - p, p), q, log_ratio(x, x_p, q))
         return from_std(mu, s, mu_p, Softplus(x_p, one), r, True)
     else:
         return from_std(mu, s, mu, s, Ratio(x - 1.0, x, log(x)), False)

@@ -5,7 +5,7 @@ import math
 from ...core.op import Op
 from ..noise.op import noise_op
 from .arguments import Arguments, shapes, unpacked
-from .formula import formula
+from .formula import formula, gradient_formula
 
 
 def with_noise(arguments: Arguments) -> Arguments:
@@ -25,5 +25,6 @@ LATENT = Op(
     formula=formula,
     shapes=shapes,
     package=__package__,
+    gradient_formula=gradient_formula,
     with_noise=with_noise,
 )

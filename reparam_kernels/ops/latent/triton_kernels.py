@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ...gpu.elementary import fma
-from ...gpu.gaussian import Latent, clamp, element, in_bounds
+from ...gpu.gaussian import Latent, clamp, element, in_bounds, slope_at
 from ...gpu.tiles import (
     Operand,
     broadcast_packed_rows,
@@ -122,9 +122,12 @@ def backward_kernel(
             sample_dz = Operand(sample_ptr, dz.outer_stride, dz.row_stride, dz.col_stride)
             dz_value = load(pointers(sample_dz, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
             eps = noise(seed_ptr, eps_ptr, sample, tile, total, shape, OPTIONS.FLOAT64, TILING)
+            if eps_ptr is not None:
+                eps = slope_at(dz_value, eps)
             dmu += dz_value
             dsigma = fma(dz_value, eps, dsigma)
-    dx = dsigma * e.dsigma
+    dsigma_slope = slope_at(dsigma, e.dsigma)
+    dx = dsigma * dsigma_slope
     if dkl_ptr is not None:
         if OPTIONS.ELEMENTWISE_KL:
             dkl = load(contiguous_pointers(dkl_ptr, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
@@ -134,15 +137,15 @@ def backward_kernel(
         else:
             kl_row, _ = divmod_rows(tile.first_row + tile.row, shape.rows_per_kl, TILING)
             dkl = tl.load(dkl_ptr + kl_row, mask=tile.row_mask)
+        dkl_mu = slope_at(dkl, e.dkl_mu)
         if dmu_p_ptr is not None:
-            store(contiguous_pointers(dmu_p_ptr, tile, shape, TILING), -(dkl * e.dkl_mu), tile.mask)
+            store(contiguous_pointers(dmu_p_ptr, tile, shape, TILING), -(dkl * dkl_mu), tile.mask)
         if dx_p_ptr is not None:
-            store(contiguous_pointers(dx_p_ptr, tile, shape, TILING), dkl * e.dkl_xp, tile.mask)
-        dmu = fma(tl.broadcast_to(dkl, dmu.shape), e.dkl_mu, dmu)
+            store(contiguous_pointers(dx_p_ptr, tile, shape, TILING), dkl * slope_at(dkl, e.dkl_xp), tile.mask)
+        dmu = fma(tl.broadcast_to(dkl, dmu.shape), dkl_mu, dmu)
+        dx = dkl * slope_at(dkl, e.dkl_x)
         if dz is not None:
-            dx = fma(dsigma, e.dsigma, dkl * e.dkl_x)
-        else:
-            dx = dkl * e.dkl_x
+            dx = fma(dsigma, dsigma_slope, dx)
     if OPTIONS.CLAMP:
         dx = tl.where(in_bounds(latent.raw_x, OPTIONS), dx, 0.0)
     if dmu_ptr is not None:
