@@ -8,12 +8,13 @@ namespace {
 template <class C>
 constexpr C kHalfLog2Pi = C(.91893853320467274178);
 
-// Both Gaussians, as the terms of every sample need them: d = log(sigma / sigma_p), f = expm1(d),
-// delta = (mu - mu_p) / sigma_p. slope is d log sigma / dx, and slope_p is d log sigma_p / dx_p.
+// Both Gaussians, as the terms of every sample need them.
 template <class C>
 struct Densities {
-  C sigma, log_sigma, slope, inverse;  // inverse = 1 / sigma
-  C d, f, delta, slope_p, inverse_p;
+  C sigma, log_sigma, inverse;  // inverse = 1 / sigma
+  C dsigma, slope;              // dsigma/dx and dlog_sigma/dx
+  C d, f, delta;                // d = log(sigma / sigma_p), f = expm1(d), delta = (mu - mu_p) / sigma_p
+  C inverse_p, slope_p;         // 1 / sigma_p and dlog_sigma_p/dx_p
 };
 
 REPARAM_INLINE float exp_of_half(float x) { return exp_half(x).sigma; }
@@ -27,9 +28,9 @@ REPARAM_INLINE Densities<C> densities_from_log(C scale, C mu, C lv, C mu_p, C lv
   constexpr C kLow = sizeof(C) == 4 ? C(-170) : C(-1400), kHigh = sizeof(C) == 4 ? C(175) : C(1400);
   const C quarter = C(-.5) * lvp;
   const C root = exp_of_half(quarter < kLow ? kLow : quarter > kHigh ? kHigh : quarter);  // 1 / sigma_p is its square
-  const C d2 = lv - lvp;
-  return {exp_of_half(lv), C(.5) * lv, scale, exp_of_half(-lv),
-          C(.5) * d2, expm1_of_half(d2), (mu - mu_p) * root * root, scale, root * root};
+  const C d2 = lv - lvp, sigma = exp_of_half(lv);
+  return {sigma, C(.5) * lv, exp_of_half(-lv), scale * sigma, scale,
+          C(.5) * d2, expm1_of_half(d2), (mu - mu_p) * root * root, root * root, scale};
 }
 
 template <Param kParam, bool kPrior, class C>
@@ -40,7 +41,8 @@ REPARAM_INLINE Densities<C> densities(const Constants<C>& c, C mu, C x, C mu_p, 
     return densities_from_log(C(1), mu, x + x, mu_p, kPrior ? x_p + x_p : C(0));
   } else if constexpr (kParam == Param::std) {
     const C p = kPrior ? x_p : C(1), q = x / p, log_x = log(x);
-    return {x, log_x, 1 / x, 1 / x, kPrior ? log_ratio(x, p, q) : log_x, (x - p) / p, (mu - mu_p) / p, 1 / p, 1 / p};
+    const C d = kPrior ? log_ratio(x, p, q) : log_x;
+    return {x, log_x, 1 / x, 1, 1 / x, d, (x - p) / p, (mu - mu_p) / p, 1 / p, 1 / p};
   } else {
     const Softplus<C> s = softplus(x), p = kPrior ? softplus(x_p) : Softplus<C>{1 - c.min_std, c.unit_slope};
     const C sigma = s.value + c.min_std, sigma_p = p.value + c.min_std;
@@ -55,7 +57,8 @@ REPARAM_INLINE Densities<C> densities(const Constants<C>& c, C mu, C x, C mu_p, 
     // near 0, f is exact to the last digits, and the difference of two logarithms is not
     const C near = f - minus_log1p(f);
     const C d = (f > C(-.5)) & (f < C(1)) ? near : log_sigma - log_sigma_p;
-    return {sigma, log_sigma, s.slope / sigma, 1 / sigma, d, f, (mu - mu_p) / sigma_p, p.slope / sigma_p, 1 / sigma_p};
+    return {sigma, log_sigma, 1 / sigma, s.slope, s.slope / sigma,
+            d, f, (mu - mu_p) / sigma_p, 1 / sigma_p, p.slope / sigma_p};
   }
 }
 

@@ -12,6 +12,9 @@ struct Options {
   double min_std = 0;
   bool clamped = false;
   double low = 0, high = 0;
+  bool minus_log_p = false;      // log_q is log q(z) - log p(z)
+  bool tanh = false;             // z = tanh(mu + sigma eps)
+  bool path_derivative = false;  // log_q has gradients by way of z alone
 };
 
 namespace {

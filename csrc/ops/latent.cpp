@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "core/sum.h"
+#include "ops/latent_log_q.h"
 
 namespace reparam {
 namespace {
@@ -90,35 +90,67 @@ inline void posterior(const Constants<C> c, int n, const C* mu, const C* x, cons
   }
 }
 
-// Stores the sums of a chunk's rows in kl or, if a row is longer than a chunk, the sum of the chunk in partials.
+// Stores the sums of a chunk's rows in `sums` or, if a row is longer than a chunk, the sum of the chunk in partials.
 template <class C>
-inline void store_kl(const LatentArguments& a, const Chunks& chunks, int64_t chunk, int64_t first, int n, const C* k,
-                     double* partials) {
-  C* kl = (C*)a.kl.data;
+inline void store_sums(const LatentArguments& a, const Chunks& chunks, int64_t chunk, int64_t first, int n, const C* k,
+                       C* sums, double* partials) {
   if (chunks.per_row > 1) {
     partials[chunk] = ordered_sum(k, n);
   } else if (a.cols == 1) {
 #pragma omp simd
-    for (int i = 0; i < n; ++i) kl[first + i] = k[i];
+    for (int i = 0; i < n; ++i) sums[first + i] = k[i];
   } else {
     const int cols = (int)a.cols;
-    C* row = kl + first / cols;
+    C* row = sums + first / cols;
     for (int i = 0; i < n; i += cols) *row++ = (C)ordered_sum(k + i, cols);
+  }
+}
+
+// Where the sums of chunks go if a row is longer than one.
+struct Partials {
+  double *kl = nullptr, *log_q = nullptr;  // [chunks], [samples, chunks]
+};
+
+// Computes z and, if asked, log_q of each sample by way of the densities.
+template <class C>
+inline void forward_densities(const LatentArguments& a, const Constants<C>& c, const Chunks& chunks, int64_t chunk,
+                              int64_t first, int n, const Inputs<C>& in, Partials partials) {
+  DensityArrays<C> e;
+  Scratch<C> eps_s, z_s, terms;
+  dispatch_options(a, [&](auto param, auto prior) {
+    e.template fill<param.value, prior.value>(c, n, in.mu, in.x, in.mu_p, in.x_p);
+  });
+  for (int64_t sample = 0; sample < a.samples; ++sample) {
+    const C* eps = load_or_make_eps(a.eps, sample, first, n, eps_s);
+    C* z = target(a.z, sample * a.n + first, z_s.data);
+#pragma omp simd
+    for (int i = 0; i < n; ++i) z[i] = fma(e.sigma.data[i], eps[i], in.mu[i]);
+    if (a.options.minus_log_p)
+      log_q_terms<C, true, false>(e, n, eps, z, terms.data);
+    else if (a.options.tanh)
+      log_q_terms<C, false, true>(e, n, eps, z, terms.data);
+    else
+      log_q_terms<C, false, false>(e, n, eps, z, terms.data);
+    store(a.z, sample * a.n + first, n, z);
+    if (a.log_q.data)
+      store_sums(a, chunks, chunk, first, n, terms.data, (C*)a.log_q.data + sample * a.rows,
+                 partials.log_q + sample * chunks.count);
   }
 }
 
 template <class C>
 inline void forward_chunk(const LatentArguments& a, const Constants<C>& c, const Chunks& chunks, int64_t chunk,
-                          double* partials) {
+                          Partials partials) {
   const int64_t first = chunks.begin(chunk);
   const int n = (int)(chunks.end(chunk) - first);
   const Inputs<C> in(a, c, first, n);
+  if (a.log_q.data || a.options.tanh) return forward_densities(a, c, chunks, chunk, first, n, in, partials);
   Scratch<C> sigma, kl, eps_s, z_s;
   dispatch_options(a, [&](auto param, auto prior) {
     posterior<C, param.value, prior.value>(c, n, in.mu, in.x, in.mu_p, in.x_p, sigma.data,
                                            a.kl.data ? kl.data : nullptr);
   });
-  if (a.kl.data) store_kl(a, chunks, chunk, first, n, kl.data, partials);
+  if (a.kl.data) store_sums(a, chunks, chunk, first, n, kl.data, (C*)a.kl.data, partials.kl);
   if (!a.z.data) return;
   for (int64_t sample = 0; sample < a.samples; ++sample) {
     const C* eps = load_or_make_eps(a.eps, sample, first, n, eps_s);
@@ -143,6 +175,17 @@ using Mask = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
 template <class C>
 REPARAM_INLINE Mask<C> zero_or_nan(C x) {
   return __builtin_islessgreater(x, C(0)) ? 0 : -1;
+}
+
+// Repeats each row's number for those of elements [first, first + n) that lie in the row.
+template <class C>
+inline void repeat_rows(const C* row, int rows, int64_t cols, int64_t first, int n, C* to) {
+  int at = 0;
+  for (int r = 0; r < rows; ++r) {
+    const int64_t end = (first / cols + r + 1) * cols - first;
+    const int stop = end < n ? (int)end : n;
+    for (; at < stop; ++at) to[at] = row[r];
+  }
 }
 
 // The gradients that reach an element: dz and dz * eps, each summed over the samples, and its row's dkl. A null pointer
@@ -200,13 +243,7 @@ struct UpstreamGrads {
     for (int r = 0; r < rows; ++r) found |= zero_or_nan(row[r]);
     zeros |= found != 0;
     dkl = a.cols == 1 ? row : dkl_s.data;
-    if (a.cols == 1) return;
-    int at = 0;
-    for (int r = 0; r < rows; ++r) {
-      const int64_t end = (first / a.cols + r + 1) * a.cols - first;
-      const int stop = end < n ? (int)end : n;
-      for (; at < stop; ++at) dkl_s.data[at] = row[r];
-    }
+    if (a.cols > 1) repeat_rows(row, rows, a.cols, first, n, dkl_s.data);
   }
 };
 
@@ -250,13 +287,56 @@ inline void gradients(const Constants<C> c, int n, const Inputs<C>& in, const Up
   }
 }
 
+// Computes the gradients of z and log_q by way of the densities.
+template <class C>
+inline void backward_densities(const LatentArguments& a, const Constants<C>& c, int64_t first, int n,
+                               const Inputs<C>& in, C* dmu, C* dx, C* dmu_p, C* dx_p) {
+  DensityArrays<C> e;
+  Scratch<C> eps_s, dz_s, row_s, dlog_q_s;
+  dispatch_options(a, [&](auto param, auto prior) {
+    e.template fill<param.value, prior.value>(c, n, in.mu, in.x, in.mu_p, in.x_p);
+  });
+  LogQGrads<C> sums(n);
+  const int rows = (int)((first + n - 1) / a.cols - first / a.cols) + 1;
+  for (int i = 0; i < n; ++i) dz_s.data[i] = dlog_q_s.data[i] = 0;  // where there is no incoming gradient
+  for (int64_t sample = 0; sample < a.samples; ++sample) {
+    const C* eps = load_or_make_eps(a.eps, sample, first, n, eps_s);
+    const C *dz = dz_s.data, *dlog_q = dlog_q_s.data;
+    if (a.dz.data) dz = load(a.dz, sample * a.n + first, n, dz_s.data);
+    if (a.dlog_q.data) {
+      const C* row = load(a.dlog_q, sample * a.rows + first / a.cols, rows, row_s.data);
+      repeat_rows(row, rows, a.cols, first, n, dlog_q_s.data);
+    }
+    const Options& o = a.options;
+    const auto add = [&](auto ratio, auto tanh, auto path) {
+      sums.template add<ratio.value, tanh.value, path.value>(e, n, in.mu, eps, dz, dlog_q);
+    };
+    const auto add_path = [&](auto ratio, auto tanh) {
+      o.path_derivative ? add(ratio, tanh, Bool<true>()) : add(ratio, tanh, Bool<false>());
+    };
+    if (o.minus_log_p)
+      add_path(Bool<true>(), Bool<false>());
+    else if (o.tanh)
+      add_path(Bool<false>(), Bool<true>());
+    else
+      add_path(Bool<false>(), Bool<false>());
+  }
+  sums.finish(e, n, dmu, dx, dmu_p, dx_p);
+}
+
 template <class C>
 inline void backward_chunk(const LatentArguments& a, const Constants<C>& c, const Chunks& chunks, int64_t chunk) {
   const int64_t first = chunks.begin(chunk);
   const int n = (int)(chunks.end(chunk) - first);
   const Inputs<C> in(a, c, first, n);
-  const UpstreamGrads<C> g(a, first, n);
   const GradOutput<C> dmu(a.dmu, first), dx(a.dx, first), dmu_p(a.dmu_p, first), dx_p(a.dx_p, first);
+  if (a.dlog_q.data || a.options.tanh) {
+    backward_densities(a, c, first, n, in, dmu.data, dx.data, dmu_p.data, dx_p.data);
+    if (c.clamped) clamp_gradient(c, n, in.unclamped, dx.data);
+    dmu.store(n), dx.store(n), dmu_p.store(n), dx_p.store(n);
+    return;
+  }
+  const UpstreamGrads<C> g(a, first, n);
   const auto run_with = [&](auto from_z, auto from_kl, auto zeros) {
     dispatch_options(a, [&](auto param, auto prior) {
       gradients<C, param.value, prior.value && from_kl.value, from_z.value, from_kl.value, zeros.value>(
@@ -282,18 +362,24 @@ inline void backward_chunk(const LatentArguments& a, const Constants<C>& c, cons
 
 template <class C>
 inline void forward_as(const LatentArguments& a, int threads) {
-  C* kl = (C*)a.kl.data;
+  C *kl = (C*)a.kl.data, *log_q = (C*)a.log_q.data;
   if (a.n == 0) {
-    for (int64_t row = 0; row < a.rows; ++row) kl[row] = 0;
+    for (int64_t row = 0; kl && row < a.rows; ++row) kl[row] = 0;
+    for (int64_t row = 0; log_q && row < a.samples * a.rows; ++row) log_q[row] = 0;
     return;
   }
   const Constants<C> c(a.options);
   const Chunks chunks(a.n, a.cols);
-  const HeapArray partials(kl && chunks.per_row > 1 ? chunks.count : 0);
+  const bool long_rows = chunks.per_row > 1;
+  const HeapArray kl_partials(kl && long_rows ? chunks.count : 0);
+  const HeapArray log_q_partials(log_q && long_rows ? a.samples * chunks.count : 0);
+  const Partials partials{kl_partials.data, log_q_partials.data};
   parallel_for(chunks.count, a.n * (a.samples > 1 ? a.samples : 1), threads, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) forward_chunk<C>(a, c, chunks, i, partials.data);
+    for (int64_t i = first; i < last; ++i) forward_chunk<C>(a, c, chunks, i, partials);
   });
-  if (partials.data) sum_partials(partials.data, chunks, kl);
+  if (partials.kl) sum_partials(partials.kl, chunks, kl);
+  for (int64_t sample = 0; partials.log_q && sample < a.samples; ++sample)
+    sum_partials(partials.log_q + sample * chunks.count, chunks, log_q + sample * a.rows);
 }
 
 template <class C>
