@@ -69,7 +69,7 @@ class Op(Generic[A]):
         self.n_inputs, self.n_tensors, self.n_outputs = len(inputs), len(tensors), len(outputs)
         self.options: Any = hints[options]
         self._option_types = list(get_type_hints(self.options).values())
-        self.function = autograd_function(self)
+        self._apply = autograd_function(self)
         self._register({n: hints[n] for n in tensors} | get_type_hints(self.options), inputs, outputs)
 
     # The three ways to run. execute.py chooses between them and the formula.
@@ -78,9 +78,9 @@ class Op(Generic[A]):
         """Return the module of kernels for a device, or None if the formula runs there."""
         return backends.kernels(self.package, device)
 
-    def eager(self, arguments: A) -> Outputs:
+    def eager(self, kernels: Any, arguments: A) -> Outputs:
         """Run the kernels, under autograd."""
-        return self.function.apply(arguments, *arguments[: self.n_inputs])  # type: ignore[no-any-return]
+        return self._apply(kernels, arguments, *arguments[: self.n_inputs])  # type: ignore[no-any-return]
 
     def registered(self, arguments: A) -> Outputs:
         """Run the registered op."""
@@ -93,11 +93,14 @@ class Op(Generic[A]):
 
     # Gradients.
 
-    def gradients(self, arguments: A, grads: Outputs, wanted: Sequence[bool]) -> Outputs:
+    def gradients(self, kernels: Any, arguments: A, grads: Outputs, wanted: Sequence[bool]) -> Outputs:
         """Compute the gradients to the inputs by the kernels, each in the shape and dtype of its input."""
-        grads = tuple([g if g is None else resolve_neg(g) for g in grads])
-        input_grads = self.kernels(arguments[0].device).backward(arguments, grads, wanted)
-        pairs = zip(input_grads, arguments[: self.n_inputs], strict=True)
+        for g in grads:
+            if g is not None and g.is_neg():
+                grads = tuple([g if g is None else g.resolve_neg() for g in grads])
+                break
+        input_grads = kernels.backward(arguments, grads, wanted)
+        pairs = zip(input_grads, arguments, strict=False)
         return tuple([g if g is None or g.shape == t.shape else sum_to_shape(g, t) for g, t in pairs])
 
     def registered_gradients(self, arguments: A, grads: Outputs, wanted: Sequence[bool]) -> Outputs:
@@ -194,7 +197,7 @@ class BackwardRules:
     def run(self, *values: Any) -> Any:
         flat, grads, wanted = self.split(list(map(as_plain_tensor, values)))
         arguments = self.op.unflatten(flat)
-        input_grads = self.op.gradients(arguments, tuple(grads), wanted)
+        input_grads = self.op.gradients(self.op.kernels(arguments[0].device), arguments, tuple(grads), wanted)
         inputs = arguments[: self.op.n_inputs]
         return one_or_all(
             arguments[0].new_empty(0) if not want or t is None else t.new_zeros(t.shape) if grad is None else grad
@@ -234,27 +237,29 @@ class BackwardRules:
         return *to_all[:n], *[None] * (after - n), *to_all[n:], None
 
 
-def autograd_function(op: Op[Any]) -> Any:
-    """Make the autograd.Function of the eager path. It saves the arguments and nothing else."""
+def autograd_function(op: Op[Any]) -> Callable[..., Any]:
+    """Make the autograd.Function of the eager path, and return its apply. It saves the arguments and nothing else."""
 
-    def forward(ctx: Any, arguments: Any, *inputs: Tensor | None) -> Outputs:
+    def forward(ctx: Any, kernels: Any, arguments: Any, *inputs: Tensor | None) -> Outputs:
         ctx.save_for_backward(*arguments[:-1])
-        ctx.options = arguments[-1]
+        ctx.kernels, ctx.options = kernels, arguments[-1]
         ctx.set_materialize_grads(False)
-        return op.kernels(arguments[0].device).forward(arguments)  # type: ignore[no-any-return]
+        return kernels.forward(arguments)  # type: ignore[no-any-return]
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         arguments = op.arguments._make((*ctx.saved_tensors, ctx.options))
-        wanted = ctx.needs_input_grad[1:]
+        wanted = ctx.needs_input_grad[2:]
         if torch.compiler.is_compiling():
-            return None, *op.registered_gradients(arguments, grads, wanted)
+            return None, None, *op.registered_gradients(arguments, grads, wanted)
         if torch.is_grad_enabled() or torch_modes.is_batched_grad(*grads):
-            return None, *op.differentiable_gradients(arguments, grads, wanted)
-        return None, *op.gradients(arguments, grads, wanted)
+            return None, None, *op.differentiable_gradients(arguments, grads, wanted)
+        return None, None, *op.gradients(ctx.kernels, arguments, grads, wanted)
 
     base: Any = torch.autograd.Function
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(base)(f"reparam_kernels::{op.name}", (base,), methods)  # profilers show the name
+    function = type(base)(f"reparam_kernels::{op.name}", (base,), methods)  # profilers show the name
+    # Function.apply first looks for a transform, in which this path does not run: a tenth of a small call.
+    return super(base, function).apply  # type: ignore[no-any-return]
 
 
 def vmap_by_loop(op: Any) -> Any:
