@@ -64,6 +64,7 @@ void randn(py::handle seed_, py::handle out_, int threads) {
   set_seed(a.eps, seed, out);
   out.check_contiguous();
   a.out = out.operand();
+  out.will_be_written();
   py::gil_scoped_release release;
   noise().fill(a, threads);
 }
@@ -155,6 +156,7 @@ void latent_forward(const Options& options, int threads, const Tensors<std::size
   kl.check_contiguous();
   a.z = z.operand();
   a.kl = kl.operand();
+  for (const BorrowedTensor* t : {&z, &kl}) t->will_be_written();
   py::gil_scoped_release release;
   latent().forward(a, threads);
 }
@@ -180,6 +182,7 @@ void latent_backward(const Options& options, int threads, const Tensors<std::siz
   a.dx = dx.operand();
   a.dmu_p = dmu_p.operand();
   a.dx_p = dx_p.operand();
+  for (const BorrowedTensor* t : {&dmu, &dx, &dmu_p, &dx_p}) t->will_be_written();
   py::gil_scoped_release release;
   latent().backward(a, threads);
 }
@@ -190,6 +193,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of reparam_kernels";
   py::register_exception<InvalidArgument>(m, "InvalidArgument", PyExc_ValueError);
   m.def("bind_tensor_type", &bind_tensor_type, py::arg("tensor"), py::arg("parameter"));
+  m.def("plain_pair_ndim", &plain_pair_ndim);
   m.def("available_isas", &available_isas);
   m.def("isa", &isa);
   m.def("set_isa", &require_isa, py::arg("isa"));

@@ -54,20 +54,9 @@ def reparameterize(
                 [ 1.7888e+00,  1.0679e+00]])
     """
     arguments = make_arguments(
-        "reparameterize",
-        mu,
-        logvar,
-        z=True,
-        seed=seed,
-        generator=generator,
-        eps=eps,
-        sample_shape=sample_shape,
-        param=param,
-        min_std=min_std,
-        clamp=clamp,
+        "reparameterize", mu, logvar, True, False, seed, generator, eps, sample_shape, None, None, param, min_std, clamp
     )
-    z, _ = execute(LATENT, arguments)
-    return z  # type: ignore[return-value]
+    return execute(LATENT, arguments)[0]  # type: ignore[return-value]
 
 
 def kl_divergence(
@@ -107,18 +96,9 @@ def kl_divergence(
         tensor([1.5000, 1.5000])
     """
     arguments = make_arguments(
-        "kl_divergence",
-        mu,
-        logvar,
-        kl=True,
-        event_ndim=event_ndim,
-        prior=prior,
-        param=param,
-        min_std=min_std,
-        clamp=clamp,
+        "kl_divergence", mu, logvar, False, True, None, None, None, (), event_ndim, prior, param, min_std, clamp
     )
-    _, kl = execute(LATENT, arguments)
-    return kl  # type: ignore[return-value]
+    return execute(LATENT, arguments)[1]  # type: ignore[return-value]
 
 
 def reparameterize_kl(
@@ -161,16 +141,16 @@ def reparameterize_kl(
         "reparameterize_kl",
         mu,
         logvar,
-        z=True,
-        kl=True,
-        seed=seed,
-        generator=generator,
-        eps=eps,
-        sample_shape=sample_shape,
-        event_ndim=event_ndim,
-        prior=prior,
-        param=param,
-        min_std=min_std,
-        clamp=clamp,
+        True,
+        True,
+        seed,
+        generator,
+        eps,
+        sample_shape,
+        event_ndim,
+        prior,
+        param,
+        min_std,
+        clamp,
     )
     return execute(LATENT, arguments)  # type: ignore[return-value]

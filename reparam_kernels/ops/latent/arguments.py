@@ -77,7 +77,6 @@ def make_arguments(
     where: str,
     mu: Any,
     logvar: Any,
-    *,
     z: bool = False,
     kl: bool = False,
     seed: Any = None,
@@ -97,50 +96,42 @@ def make_arguments(
     """
     if seed is not None or generator is not None or eps is not None:
         checks.one_source(where, seed, generator, eps)
-    if packed is None:
-        mu, logvar, eps, prior = _check_pair(where, mu, logvar, eps, prior)
-        shape = mu.shape
-    else:
-        checks.floating(where, "moments", mu)
-        shape = torch.Size((*mu.shape[:packed], mu.shape[packed] // 2, *mu.shape[packed + 1 :]))
     compiling = torch.compiler.is_compiling()
-    config = _make_config(compiling, where, len(shape), z, kl, sample_shape, event_ndim, param, min_std, clamp, packed)
+    ndim = -1 if compiling or eps is not None or prior is not None else checks.plain_pair_ndim(mu, logvar)
+    shape: Any = None
+    if ndim < 0:
+        mu, logvar, eps, prior = _check_tensors(where, mu, logvar, eps, prior, packed)
+        shape = mu.shape if packed is None else _unpacked_shape(mu, packed)
+        ndim = len(shape)
+    config = _make_config(compiling, where, ndim, z, kl, sample_shape, event_ndim, param, min_std, clamp, packed)
     mu_p, x_p = (None, None) if prior is None else _take_prior(where, prior, mu, shape)
     if not z:
         seed = None
     elif eps is None:
-        seed = make_seed(where, seed, generator, mu.device, shape[0] if shape else None)
+        items = None if seed is None or ndim == 0 else (shape or mu.shape)[0]
+        seed = make_seed(where, seed, generator, mu.device, items)
     else:
         eps = _take_eps(where, eps, mu, config.sample_shape + tuple(shape))
-    if not compiling and (mu.is_neg() or (logvar is not None and logvar.is_neg())):
-        mu, logvar = resolve_neg(mu), None if logvar is None else resolve_neg(logvar)
     return Arguments(mu, logvar, mu_p, x_p, seed, eps, config)
 
 
-def _check_pair(where: str, mu: Any, logvar: Any, eps: Any, prior: Any) -> tuple[Tensor, Tensor, Any, Any]:
-    plain = _is_plain_pair(mu, logvar)
-    if not plain:
-        checks.floating(where, "mu", mu)
-        checks.floating(where, "logvar", logvar)
+def _check_tensors(
+    where: str, mu: Any, logvar: Any, eps: Any, prior: Any, packed: int | None
+) -> tuple[Tensor, Tensor | None, Any, Any]:
+    """Check mu and logvar, and return the tensors, promoted if autocast mixes them and without lazy negations."""
+    if packed is not None:
+        checks.floating(where, "moments", mu)
+        return resolve_neg(mu), None, eps, prior
+    checks.floating(where, "mu", mu)
+    checks.floating(where, "logvar", logvar)
     if eps is not None or prior is not None or mu.dtype != logvar.dtype:
         mu, logvar, eps, prior = _promote(mu, logvar, eps, prior)
-    if not plain:
-        checks.like_mu(where, "logvar", logvar, mu)
-    return mu, logvar, eps, prior
+    checks.like_mu(where, "logvar", logvar, mu)
+    return resolve_neg(mu), resolve_neg(logvar), eps, prior
 
 
-def _is_plain_pair(mu: Any, logvar: Any) -> bool:
-    """Return True in the usual case: two dense float tensors of one dtype, shape and device."""
-    return (
-        isinstance(mu, Tensor)
-        and isinstance(logvar, Tensor)
-        and mu.dtype in FLOATS
-        and mu.dtype is logvar.dtype
-        and mu.shape == logvar.shape
-        and mu.device == logvar.device
-        and mu.layout is torch.strided
-        and logvar.layout is torch.strided
-    )
+def _unpacked_shape(moments: Tensor, packed: int) -> torch.Size:
+    return torch.Size((*moments.shape[:packed], moments.shape[packed] // 2, *moments.shape[packed + 1 :]))
 
 
 def _promote(mu: Tensor, logvar: Tensor, eps: Any, prior: Any) -> tuple[Tensor, Tensor, Any, Any]:
