@@ -25,7 +25,7 @@ def execute(op: Op[Any], arguments: Any) -> Outputs:
         if any_requires_grad(tensors[op.n_inputs :]):  # the kernels give the noise no gradient
             return op.by_formula(arguments)
         if any_requires_grad(tensors[: op.n_inputs]):
-            return op.eager(kernels, arguments)
+            return op.eager(arguments)
     return kernels.forward(arguments)  # type: ignore[no-any-return]
 
 

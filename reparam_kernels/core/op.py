@@ -4,9 +4,15 @@ The record holds the op's arguments (a NamedTuple of tensors and, last, a NamedT
 torch, the shapes of its outputs, and a package with a module of kernels for each backend. Two registered ops, `name`
 and `name_backward`, serve torch.compile, export and dispatch modes; an autograd.Function serves the eager path.
 In a registered op, an output that is not asked for and a gradient that is not wanted are empty tensors.
+
+Below autograd a registered op becomes its launch, the op `<name>_launch`, which is what a compiled graph holds. A
+launch has no autograd, for which torch would run Python at each call, and it takes the options as one string, since
+torch converts each argument twice.
 """
 
+import json
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
@@ -29,6 +35,10 @@ SCHEMA_TYPES: dict[Any, str] = {
     tuple[int, ...]: "SymInt[]?",  # AOTInductor passes an empty list as None
     tuple[float, float] | None: "float[]?",
 }
+
+
+_PLAIN = frozenset((Tensor, type(None), str, list))  # what a launch is given, but for a tensor of a subclass
+SIZES = tuple[int, ...]  # the type of an option that may be symbolic, so a launch takes it apart from the others
 
 
 class Shape(NamedTuple):
@@ -68,7 +78,9 @@ class Op(Generic[A]):
         *tensors, options = hints
         self.n_inputs, self.n_tensors, self.n_outputs = len(inputs), len(tensors), len(outputs)
         self.options: Any = hints[options]
-        self._option_types = list(get_type_hints(self.options).values())
+        self._option_types = get_type_hints(self.options)
+        self._sizes = [name for name, kind in self._option_types.items() if kind == SIZES]
+        self._read_options = lru_cache(maxsize=1024)(self._parse_options)
         self._apply = autograd_function(self)
         self._register({n: hints[n] for n in tensors} | get_type_hints(self.options), inputs, outputs)
 
@@ -78,9 +90,9 @@ class Op(Generic[A]):
         """Return the module of kernels for a device, or None if the formula runs there."""
         return backends.kernels(self.package, device)
 
-    def eager(self, kernels: Any, arguments: A) -> Outputs:
+    def eager(self, arguments: A) -> Outputs:
         """Run the kernels, under autograd."""
-        return self._apply(kernels, arguments, *arguments[: self.n_inputs])  # type: ignore[no-any-return]
+        return self._apply(arguments, *arguments[: self.n_inputs])  # type: ignore[no-any-return]
 
     def registered(self, arguments: A) -> Outputs:
         """Run the registered op."""
@@ -93,13 +105,13 @@ class Op(Generic[A]):
 
     # Gradients.
 
-    def gradients(self, kernels: Any, arguments: A, grads: Outputs, wanted: Sequence[bool]) -> Outputs:
+    def gradients(self, arguments: A, grads: Outputs, wanted: Sequence[bool]) -> Outputs:
         """Compute the gradients to the inputs by the kernels, each in the shape and dtype of its input."""
         for g in grads:
             if g is not None and g.is_neg():
                 grads = tuple([g if g is None else g.resolve_neg() for g in grads])
                 break
-        input_grads = kernels.backward(arguments, grads, wanted)
+        input_grads = self.kernels(arguments[0].device).backward(arguments, grads, wanted)
         pairs = zip(input_grads, arguments, strict=False)
         return tuple([g if g is None or g.shape == t.shape else sum_to_shape(g, t) for g, t in pairs])
 
@@ -130,44 +142,90 @@ class Op(Generic[A]):
 
     def unflatten(self, values: Sequence[Any]) -> A:
         """Rebuild the arguments. The dispatcher has turned their tuples into lists."""
-        tensors, options = values[: self.n_tensors], values[self.n_tensors :]
+        options = self._make_options(values[self.n_tensors :])
+        return self.arguments._make((*values[: self.n_tensors], options))  # type: ignore[no-any-return]
+
+    def _make_options(self, values: Sequence[Any]) -> Any:
         typed = (
-            tuple(value or ()) if kind == tuple[int, ...] else tuple(value) if isinstance(value, list) else value
-            for kind, value in zip(self._option_types, options, strict=True)
+            tuple(value or ()) if kind == SIZES else tuple(value) if isinstance(value, list) else value
+            for kind, value in zip(self._option_types.values(), values, strict=True)
         )
-        return self.arguments._make((*tensors, self.options._make(typed)))  # type: ignore[no-any-return]
+        return self.options._make(typed)
+
+    # The arguments as a launch takes them: the tensors, the options as one string, and those of them that are sizes.
+
+    def to_launch(self, values: Sequence[Any], wanted: Sequence[bool] = ()) -> tuple[Any, ...]:
+        """Return a launch's arguments for the flat list, and for which gradients are wanted."""
+        options = dict(zip(self._option_types, values[self.n_tensors :], strict=True))
+        text = json.dumps([[None if name in self._sizes else options[name] for name in options], list(wanted)])
+        return *values[: self.n_tensors], text, *(options[name] for name in self._sizes)
+
+    def from_launch(self, values: Sequence[Any]) -> tuple[A, tuple[bool, ...]]:
+        """Rebuild the arguments, and which gradients are wanted."""
+        n = self.n_tensors
+        options, wanted = self._read_options(values[n])
+        if any(values[n + 1 :]):
+            given = zip(self._sizes, values[n + 1 :], strict=True)
+            options = options._replace(**{name: tuple(sizes) for name, sizes in given if sizes})
+        return self.arguments._make((*values[:n], options)), wanted
+
+    def _parse_options(self, text: str) -> tuple[Any, tuple[bool, ...]]:
+        options, wanted = json.loads(text)
+        return self._make_options(options), tuple(wanted)
 
     def _register(self, fields: dict[str, Any], inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
-        arguments = ", ".join(f"{SCHEMA_TYPES[kind]} {field}" for field, kind in fields.items())
-        grads = ", ".join(f"Tensor? d{output}" for output in outputs)
-        forward, backward = self.name, f"{self.name}_backward"
-        LIBRARY.define(f"{forward}({arguments}) -> {returns(outputs)}")
-        LIBRARY.define(f"{backward}({arguments}, {grads}, bool[] wanted) -> {returns(inputs)}")
-        self._forward_op = getattr(torch.ops.reparam_kernels, forward)
-        self._backward_op = getattr(torch.ops.reparam_kernels, backward)
-        for op, rules in ((forward, ForwardRules(self)), (backward, BackwardRules(self))):
-            qualified = f"reparam_kernels::{op}"
-            torch.library.impl(LIBRARY, op, "CompositeExplicitAutograd")(rules.run)
-            torch.library.register_fake(qualified, rules.fake, lib=LIBRARY)
-            torch.library.register_autograd(qualified, rules.gradient, setup_context=rules.save, lib=LIBRARY)
-            torch.library.register_vmap(qualified, vmap_by_loop(getattr(torch.ops.reparam_kernels, op)), lib=LIBRARY)
+        flat = [f"{SCHEMA_TYPES[kind]} {field}" for field, kind in fields.items()]
+        launch = [*flat[: self.n_tensors], "str options", *(f"{SCHEMA_TYPES[SIZES]} {name}" for name in self._sizes)]
+        grads = [f"Tensor? d{output}" for output in outputs]
+        forward, backward = ForwardRules(self), BackwardRules(self)
+        self._forward_op = define(self.name, flat, outputs, launch, forward)
+        last = [*grads, "bool[] wanted"]
+        self._backward_op = define(f"{self.name}_backward", [*flat, *last], inputs, [*launch, *grads], backward)
+
+
+def define(name: str, flat: list[str], results: tuple[str, ...], launch: list[str], rules: Any) -> Any:
+    """Register an op and its launch, given the schemas of their arguments; return the op."""
+    returned = f"({', '.join(['Tensor'] * len(results))})"
+    LIBRARY.define(f"{name}({', '.join(flat)}) -> {returned}")
+    LIBRARY.define(f"{name}_launch({', '.join(launch)}) -> {returned}")
+    op, launch_op = (getattr(torch.ops.reparam_kernels, n) for n in (name, f"{name}_launch"))
+
+    def lower(*values: Any) -> Any:
+        return launch_op.default(*rules.to_launch(values))
+
+    def fake(*values: Any) -> Any:
+        return rules.fake(*rules.to_launch(values))
+
+    for key in ("ADInplaceOrView", "CompositeExplicitAutograd"):  # below autograd; and where inference mode skips that
+        torch.library.impl(LIBRARY, name, key)(lower)
+    torch.library.impl(LIBRARY, f"{name}_launch", "CompositeExplicitAutograd")(rules.run)
+    LIBRARY.impl(f"{name}_launch", torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"reparam_kernels::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"reparam_kernels::{name}_launch", rules.fake, lib=LIBRARY)
+    qualified = f"reparam_kernels::{name}"
+    torch.library.register_autograd(qualified, rules.gradient, setup_context=rules.save, lib=LIBRARY)
+    torch.library.register_vmap(qualified, vmap_by_loop(op), lib=LIBRARY)
+    return op
 
 
 class ForwardRules:
-    """The registered forward op: its implementation, fake and gradient."""
+    """The registered forward op: its launch, the launch's implementation and fake, and the op's gradient."""
 
     def __init__(self, op: Op[Any]) -> None:
         self.op = op
 
+    def to_launch(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        return self.op.to_launch(values)
+
     def run(self, *values: Any) -> Any:
-        arguments = self.op.unflatten(list(map(as_plain_tensor, values)))
+        arguments, _ = self.op.from_launch(plain_tensors(values))
         first = arguments[0]
         outputs = self.op.kernels(first.device).forward(arguments)
-        return one_or_all(first.new_empty(0) if t is None else t for t in outputs)
+        return one_or_all([first.new_empty(0) if t is None else t for t in outputs])
 
     def fake(self, *values: Any) -> Any:
-        first = values[0]
-        shapes = self.op.shapes(self.op.unflatten(values))
+        arguments, _ = self.op.from_launch(values)
+        first, shapes = values[0], self.op.shapes(arguments)
         return one_or_all(first.new_empty(0) if s is None else first.new_empty(s.sizes, dtype=s.dtype) for s in shapes)
 
     def save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
@@ -184,7 +242,7 @@ class ForwardRules:
 
 
 class BackwardRules:
-    """The registered backward op. Its gradient is autograd's of the formula's gradient."""
+    """The same for the registered backward op. Its gradient is autograd's of the formula's gradient."""
 
     def __init__(self, op: Op[Any]) -> None:
         self.op = op
@@ -194,20 +252,26 @@ class BackwardRules:
         *rest, wanted = values
         return rest[: -self.op.n_outputs], rest[-self.op.n_outputs :], wanted
 
+    def to_launch(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        flat, grads, wanted = self.split(values)
+        return *self.op.to_launch(flat, wanted), *grads
+
     def run(self, *values: Any) -> Any:
-        flat, grads, wanted = self.split(list(map(as_plain_tensor, values)))
-        arguments = self.op.unflatten(flat)
-        input_grads = self.op.gradients(self.op.kernels(arguments[0].device), arguments, tuple(grads), wanted)
-        inputs = arguments[: self.op.n_inputs]
+        op, values = self.op, plain_tensors(values)
+        arguments, wanted = op.from_launch(values[: -op.n_outputs])
+        first = arguments[0]
+        input_grads = op.gradients(arguments, values[-op.n_outputs :], wanted)
         return one_or_all(
-            arguments[0].new_empty(0) if not want or t is None else t.new_zeros(t.shape) if grad is None else grad
-            for grad, t, want in zip(input_grads, inputs, wanted, strict=True)
+            [
+                grad if grad is not None else t.new_zeros(t.shape) if want and t is not None else first.new_empty(0)
+                for grad, t, want in zip(input_grads, arguments, wanted, strict=False)
+            ]
         )
 
     def fake(self, *values: Any) -> Any:
-        flat, _, wanted = self.split(values)
-        inputs = zip(flat[: self.op.n_inputs], wanted, strict=True)
-        return one_or_all(flat[0].new_empty(0) if not want or t is None else t.new_empty(t.shape) for t, want in inputs)
+        arguments, wanted = self.op.from_launch(values[: -self.op.n_outputs])
+        first, inputs = values[0], zip(arguments, wanted, strict=False)
+        return one_or_all(first.new_empty(0) if not want or t is None else t.new_empty(t.shape) for t, want in inputs)
 
     def save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         flat, grads, ctx.wanted = self.split(inputs)
@@ -240,20 +304,20 @@ class BackwardRules:
 def autograd_function(op: Op[Any]) -> Callable[..., Any]:
     """Make the autograd.Function of the eager path, and return its apply. It saves the arguments and nothing else."""
 
-    def forward(ctx: Any, kernels: Any, arguments: Any, *inputs: Tensor | None) -> Outputs:
+    def forward(ctx: Any, arguments: Any, *inputs: Tensor | None) -> Outputs:
         ctx.save_for_backward(*arguments[:-1])
-        ctx.kernels, ctx.options = kernels, arguments[-1]
+        ctx.options = arguments[-1]
         ctx.set_materialize_grads(False)
-        return kernels.forward(arguments)  # type: ignore[no-any-return]
+        return op.kernels(arguments[0].device).forward(arguments)  # type: ignore[no-any-return]
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         arguments = op.arguments._make((*ctx.saved_tensors, ctx.options))
-        wanted = ctx.needs_input_grad[2:]
+        wanted = ctx.needs_input_grad[1:]
         if torch.compiler.is_compiling():
-            return None, None, *op.registered_gradients(arguments, grads, wanted)
+            return None, *op.registered_gradients(arguments, grads, wanted)
         if torch.is_grad_enabled() or torch_modes.is_batched_grad(*grads):
-            return None, None, *op.differentiable_gradients(arguments, grads, wanted)
-        return None, None, *op.gradients(ctx.kernels, arguments, grads, wanted)
+            return None, *op.differentiable_gradients(arguments, grads, wanted)
+        return None, *op.gradients(arguments, grads, wanted)
 
     base: Any = torch.autograd.Function
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
@@ -276,10 +340,6 @@ def vmap_by_loop(op: Any) -> Any:
     return rule
 
 
-def returns(names: tuple[str, ...]) -> str:
-    return f"({', '.join(['Tensor'] * len(names))})"
-
-
 def one_or_all(values: Any) -> Any:
     """Return a tuple, or its element if there is one: an op with one output returns no tuple."""
     outputs = tuple(values)
@@ -290,9 +350,11 @@ def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def as_plain_tensor(value: Any) -> Any:
-    """View a tensor of a subclass as a plain Tensor, so that its memory is read."""
-    return value.as_subclass(Tensor) if isinstance(value, Tensor) and type(value) is not Tensor else value
+def plain_tensors(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """View tensors of subclasses as plain ones, so that their memory is read."""
+    if _PLAIN.issuperset(map(type, values)):
+        return values
+    return tuple(v.as_subclass(Tensor) if isinstance(v, Tensor) else v for v in values)
 
 
 def resolve_neg(t: Tensor) -> Tensor:
