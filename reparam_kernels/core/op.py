@@ -56,7 +56,8 @@ class Op(Generic[A]):
     formula: arguments -> outputs in plain torch, differentiable to any order; None for an output not asked for.
     shapes: arguments -> a Shape for each output, None for one not asked for.
     package: holds cpu.py and triton.py, each with forward(arguments) -> outputs and backward(arguments, output
-        gradients, wanted) -> input gradients, contiguous. A gradient may have the shape to which its input expands.
+        gradients, wanted) -> input gradients, contiguous.
+    expands: the inputs that may be smaller than their gradients from the kernels, which are then summed.
     with_noise: arguments -> arguments whose random numbers are tensors, the same numbers as the kernels would use.
     """
 
@@ -70,12 +71,14 @@ class Op(Generic[A]):
         formula: Callable[[A], Outputs],
         shapes: Callable[[A], tuple[Shape | None, ...]],
         package: str,
+        expands: tuple[str, ...] = (),
         with_noise: Callable[[A], A] = lambda arguments: arguments,
     ) -> None:
         self.name, self.arguments, self.formula, self.shapes = name, arguments, formula, shapes
         self.package, self.with_noise = package, with_noise
         hints = get_type_hints(arguments)
         *tensors, options = hints
+        self._expands = [inputs.index(name) for name in expands]
         self.n_inputs, self.n_tensors, self.n_outputs = len(inputs), len(tensors), len(outputs)
         self.options: Any = hints[options]
         self._option_types = get_type_hints(self.options)
@@ -109,11 +112,13 @@ class Op(Generic[A]):
         """Compute the gradients to the inputs by the kernels, each in the shape and dtype of its input."""
         for g in grads:
             if g is not None and g.is_neg():
-                grads = tuple([g if g is None else g.resolve_neg() for g in grads])
-                break
-        input_grads = self.kernels(arguments[0].device).backward(arguments, grads, wanted)
-        pairs = zip(input_grads, arguments, strict=False)
-        return tuple([g if g is None or g.shape == t.shape else sum_to_shape(g, t) for g, t in pairs])
+                return self.gradients(arguments, tuple([g if g is None else resolve_neg(g) for g in grads]), wanted)
+        input_grads: Outputs = self.kernels(arguments[0].device).backward(arguments, grads, wanted)
+        for i in self._expands:
+            g = input_grads[i]
+            if g is not None and g.shape != arguments[i].shape:
+                input_grads = (*input_grads[:i], sum_to_shape(g, arguments[i]), *input_grads[i + 1 :])
+        return input_grads
 
     def registered_gradients(self, arguments: A, grads: Outputs, wanted: Sequence[bool]) -> Outputs:
         """Compute the same gradients by the registered op."""

@@ -25,5 +25,6 @@ LATENT = Op(
     formula=formula,
     shapes=shapes,
     package=__package__,
+    expands=("mu_p", "x_p"),
     with_noise=with_noise,
 )
