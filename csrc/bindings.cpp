@@ -64,6 +64,7 @@ void randn(py::handle seed_, py::handle out_, int threads) {
   set_seed(a.eps, seed, out);
   out.check_contiguous();
   a.out = out.operand();
+  out.will_be_written();
   py::gil_scoped_release release;
   noise().fill(a, threads);
 }
@@ -95,15 +96,19 @@ py::bytes test_eps(int64_t seed, int64_t first, int n) {
 
 // ---- the latent layer
 
-Options make_options(Param param, double min_std, bool clamped, double low, double high) {
+Options make_options(Param param, double min_std, bool clamped, double low, double high, int event_ndim,
+                     bool minus_log_p, bool tanh, bool path_derivative) {
   if (param < Param::logvar || param > Param::softplus) throw_invalid("param");  // Python makes an enum of any int
-  return {param, min_std, clamped, low, high};
+  if (minus_log_p && tanh) throw_invalid("tanh");
+  if (event_ndim < 0) throw_invalid("event_ndim");
+  return {param, min_std, clamped, low, high, event_ndim, minus_log_p, tanh, path_derivative};
 }
 
-// Makes the arguments that forward and backward share. `z` is z or dz, and `kl` is kl or dkl.
+// Makes the arguments that forward and backward share. `z` is z or dz, `kl` is kl or dkl, `log_q` is log_q or dlog_q.
 LatentArguments latent_arguments(const Options& options, const BorrowedTensor& mu, const BorrowedTensor& x,
                                  const BorrowedTensor& mu_p, const BorrowedTensor& x_p, const BorrowedTensor& seed,
-                                 const BorrowedTensor& eps, const BorrowedTensor& z, const BorrowedTensor& kl) {
+                                 const BorrowedTensor& eps, const BorrowedTensor& z, const BorrowedTensor& kl,
+                                 const BorrowedTensor& log_q) {
   if (!mu) throw_invalid("mu");
   if (!x) throw_invalid("x");
   if (!mu_p != !x_p) throw_invalid(mu_p ? "x_p" : "mu_p");
@@ -123,6 +128,18 @@ LatentArguments latent_arguments(const Options& options, const BorrowedTensor& m
     z.check_dtype(dtype);
     if (sample_dims < 0 || !z.same_sizes(sample_dims, mu, 0, mu.t.ndim)) throw_invalid(z.name);
     a.samples = z.product(0, sample_dims);
+  }
+  if (log_q) {  // sample dims, then the leading dims of mu; each element sums over the others
+    const int kept = mu.t.ndim - options.event_ndim, sample_dims = log_q.t.ndim - kept;
+    log_q.check_dtype(compute_dtype(dtype));
+    if (kept < 0 || sample_dims < 0 || !log_q.same_sizes(sample_dims, mu, 0, kept)) throw_invalid(log_q.name);
+    const int64_t samples = log_q.product(0, sample_dims);
+    if (kl || (z && samples != a.samples)) throw_invalid(log_q.name);
+    a.samples = samples;
+    a.rows = mu.product(0, kept);
+    a.cols = mu.product(kept, mu.t.ndim);
+  }
+  if (z || log_q) {
     if (!seed == !eps) throw_invalid("seed");
     if (seed) set_seed(a.eps, seed, mu);
     eps.check_dtype(dtype);
@@ -146,40 +163,46 @@ LatentArguments latent_arguments(const Options& options, const BorrowedTensor& m
   return a;
 }
 
-constexpr const char* kForward[] = {"mu", "x", "mu_p", "x_p", "seed", "eps", "z", "kl"};
+constexpr const char* kForward[] = {"mu", "x", "mu_p", "x_p", "seed", "eps", "z", "kl", "log_q"};
 
 void latent_forward(const Options& options, int threads, const Tensors<std::size(kForward)>& tensors) {
-  const auto& [mu, x, mu_p, x_p, seed, eps, z, kl] = tensors;
-  LatentArguments a = latent_arguments(options, mu, x, mu_p, x_p, seed, eps, z, kl);
-  z.check_contiguous();
-  kl.check_contiguous();
+  const auto& [mu, x, mu_p, x_p, seed, eps, z, kl, log_q] = tensors;
+  if (log_q && !z) throw_invalid("z");
+  LatentArguments a = latent_arguments(options, mu, x, mu_p, x_p, seed, eps, z, kl, log_q);
+  for (const BorrowedTensor* t : {&z, &kl, &log_q}) t->check_contiguous();
   a.z = z.operand();
   a.kl = kl.operand();
+  a.log_q = log_q.operand();
+  for (const BorrowedTensor* t : {&z, &kl, &log_q}) t->will_be_written();
   py::gil_scoped_release release;
   latent().forward(a, threads);
 }
 
-constexpr const char* kBackward[] = {"mu", "x",   "mu_p", "x_p", "seed",  "eps",
-                                     "dz", "dkl", "dmu",  "dx",  "dmu_p", "dx_p"};
+constexpr const char* kBackward[] = {"mu",  "x",      "mu_p", "x_p", "seed",  "eps", "dz",
+                                     "dkl", "dlog_q", "dmu",  "dx",  "dmu_p", "dx_p"};
 
 void latent_backward(const Options& options, int threads, const Tensors<std::size(kBackward)>& tensors) {
-  const auto& [mu, x, mu_p, x_p, seed, eps, dz, dkl, dmu, dx, dmu_p, dx_p] = tensors;
-  LatentArguments a = latent_arguments(options, mu, x, mu_p, x_p, seed, eps, dz, dkl);
+  const auto& [mu, x, mu_p, x_p, seed, eps, dz, dkl, dlog_q, dmu, dx, dmu_p, dx_p] = tensors;
+  LatentArguments a = latent_arguments(options, mu, x, mu_p, x_p, seed, eps, dz, dkl, dlog_q);
   for (const BorrowedTensor* t : {&dmu, &dx, &dmu_p, &dx_p}) {
     t->check_shape(mu);
     t->check_no_overlap();
   }
   for (const BorrowedTensor* t : {&dmu, &dx}) t->check_dtype(mu.dtype());
   for (const BorrowedTensor* t : {&dmu_p, &dx_p}) {
-    if (*t && !(mu_p && dkl)) throw_invalid(t->name);
+    if (*t && !(mu_p && (dkl || dlog_q))) throw_invalid(t->name);
     if (*t && t->dtype() != mu.dtype()) t->check_dtype(compute_dtype(mu.dtype()));  // not rounded before it is summed
   }
-  if (a.samples > 0) a.dz = dz.operand();  // a sum over no samples is absent
+  if (a.samples > 0) {  // a sum over no samples is absent
+    a.dz = dz.operand();
+    a.dlog_q = dlog_q.operand();
+  }
   a.dkl = dkl.operand();
   a.dmu = dmu.operand();
   a.dx = dx.operand();
   a.dmu_p = dmu_p.operand();
   a.dx_p = dx_p.operand();
+  for (const BorrowedTensor* t : {&dmu, &dx, &dmu_p, &dx_p}) t->will_be_written();
   py::gil_scoped_release release;
   latent().backward(a, threads);
 }
@@ -190,6 +213,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of reparam_kernels";
   py::register_exception<InvalidArgument>(m, "InvalidArgument", PyExc_ValueError);
   m.def("bind_tensor_type", &bind_tensor_type, py::arg("tensor"), py::arg("parameter"));
+  m.def("plain_pair_ndim", &plain_pair_ndim);
   m.def("available_isas", &available_isas);
   m.def("isa", &isa);
   m.def("set_isa", &require_isa, py::arg("isa"));
@@ -207,7 +231,7 @@ PYBIND11_MODULE(_C, m) {
       .value("softplus", Param::softplus);
   py::class_<Options>(m, "Options")
       .def(py::init(&make_options), py::arg("param"), py::arg("min_std"), py::arg("clamped"), py::arg("low"),
-           py::arg("high"));
+           py::arg("high"), py::arg("event_ndim"), py::arg("minus_log_p"), py::arg("tanh"), py::arg("path_derivative"));
   def_op(m, "latent_forward", kForward, &latent_forward);
   def_op(m, "latent_backward", kBackward, &latent_backward);
 }

@@ -12,9 +12,21 @@ class InvalidArgument(ValueError):
     """Its text is the name of the argument and no more; "isa" if the CPU lacks the instruction set."""
 
 class Options:
-    def __init__(self, param: Param, min_std: float, clamped: bool, low: float, high: float) -> None: ...
+    def __init__(
+        self,
+        param: Param,
+        min_std: float,
+        clamped: bool,
+        low: float,
+        high: float,
+        event_ndim: int,
+        minus_log_p: bool,
+        tanh: bool,
+        path_derivative: bool,
+    ) -> None: ...
 
 def bind_tensor_type(tensor: type, parameter: type) -> None: ...
+def plain_pair_ndim(mu: object, x: object, /) -> int: ...
 def latent_forward(
     options: Options,
     threads: int,
@@ -26,6 +38,7 @@ def latent_forward(
     eps: Tensor | None,
     z: Tensor | None,
     kl: Tensor | None,
+    log_q: Tensor | None,
     /,
 ) -> None: ...
 def latent_backward(
@@ -39,6 +52,7 @@ def latent_backward(
     eps: Tensor | None,
     dz: Tensor | None,
     dkl: Tensor | None,
+    dlog_q: Tensor | None,
     dmu: Tensor | None,
     dx: Tensor | None,
     dmu_p: Tensor | None,

@@ -7,7 +7,13 @@ from . import distributions, integrations, losses, reference, testing
 from .core.backends import backend_for
 from .diagonal_gaussian import DiagonalGaussian
 from .head import GaussianHead
-from .ops.latent import kl_divergence, reparameterize, reparameterize_kl
+from .ops.latent import (
+    kl_divergence,
+    reparameterize,
+    reparameterize_kl,
+    reparameterize_log_prob,
+    reparameterize_mc_kl,
+)
 from .ops.noise import NOISE_VERSION, randn, randn_like
 
 __all__ = [
@@ -24,5 +30,7 @@ __all__ = [
     "reference",
     "reparameterize",
     "reparameterize_kl",
+    "reparameterize_log_prob",
+    "reparameterize_mc_kl",
     "testing",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 from .core import checks
 from .core.dtypes import compute_dtype
 from .core.execute import execute
-from .ops.latent.arguments import Arguments, make_arguments, unpacked
+from .ops.latent.arguments import Arguments, Density, make_arguments, unpacked
 from .ops.latent.formula import log_sigma, sigma_of
 from .ops.latent.op import LATENT
 
@@ -79,7 +79,7 @@ class DiagonalGaussian:
 
     def _arguments(self, **asked: Any) -> Arguments:
         mu, x, packed = self._parts
-        if asked.get("kl"):
+        if asked.get("kl") or asked.get("density"):
             asked["event_ndim"] = self._event_ndim
         return make_arguments("DiagonalGaussian", mu, x, packed=packed, **asked, **self._options)
 
@@ -112,8 +112,7 @@ class DiagonalGaussian:
     ) -> Tensor:
         """Draw z of shape sample_shape + mu.shape, with gradients. The keywords are those of reparameterize."""
         noise = {"seed": seed, "generator": generator, "eps": eps}
-        z, _ = execute(LATENT, self._arguments(z=True, sample_shape=sample_shape, **noise))
-        return z  # type: ignore[return-value]
+        return execute(LATENT, self._arguments(z=True, sample_shape=sample_shape, **noise))[0]  # type: ignore[return-value]
 
     def sample(
         self,
@@ -129,8 +128,7 @@ class DiagonalGaussian:
 
     def kl(self, other: "DiagonalGaussian | None" = None) -> Tensor:
         """Compute KL(self || other), with gradients to both; other is N(0, I) by default."""
-        _, kl = execute(LATENT, self._arguments(kl=True, prior=self._prior(other)))
-        return kl  # type: ignore[return-value]
+        return execute(LATENT, self._arguments(kl=True, prior=self._prior(other)))[1]  # type: ignore[return-value]
 
     def rsample_kl(
         self,
@@ -145,7 +143,35 @@ class DiagonalGaussian:
         noise = {"seed": seed, "generator": generator, "eps": eps}
         prior = self._prior(other)
         arguments = self._arguments(z=True, kl=True, prior=prior, sample_shape=sample_shape, **noise)
-        return execute(LATENT, arguments)  # type: ignore[return-value]
+        return execute(LATENT, arguments)[:2]  # type: ignore[return-value]
+
+    def rsample_and_log_prob(
+        self,
+        sample_shape: tuple[int, ...] = (),
+        *,
+        seed: Any = None,
+        generator: torch.Generator | None = None,
+        eps: Tensor | None = None,
+        path_derivative: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute (z, log q(z)) of rsample(sample_shape) in one pass, as reparameterize_log_prob does."""
+        noise = {"seed": seed, "generator": generator, "eps": eps}
+        density = Density(path_derivative=path_derivative)
+        arguments = self._arguments(z=True, sample_shape=sample_shape, density=density, **noise)
+        z, _, log_q = execute(LATENT, arguments)
+        return z, log_q  # type: ignore[return-value]
+
+    def sample_and_log_prob(
+        self,
+        sample_shape: tuple[int, ...] = (),
+        *,
+        seed: Any = None,
+        generator: torch.Generator | None = None,
+        eps: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the same without gradients."""
+        with torch.no_grad():
+            return self.rsample_and_log_prob(sample_shape, seed=seed, generator=generator, eps=eps)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Compute log N(z; mu, sigma^2) in nats, summed over the event dims, in float32 (float64 for float64)."""

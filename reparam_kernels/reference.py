@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .core.seeds import make_seed
 from .ops import latent
-from .ops.latent.arguments import make_arguments
+from .ops.latent.arguments import Density, make_arguments
 from .ops.latent.op import LATENT
 from .ops.noise.formula import reference_noise
 
@@ -38,7 +38,9 @@ def randn(
     return reference_noise(seed, shape).float().to(dtype or torch.get_default_dtype())
 
 
-def _in_plain_torch(function: Callable[..., Any], **asked: bool) -> Callable[..., Any]:
+def _in_plain_torch(
+    function: Callable[..., Any], z: bool = False, kl: bool = False, density: Callable[..., Density] | None = None
+) -> Callable[..., Any]:
     """Make a public function that runs the formula in place of the kernels."""
     where = f"reference.{function.__name__}"
     keywords = inspect.signature(function).parameters.keys()
@@ -47,8 +49,10 @@ def _in_plain_torch(function: Callable[..., Any], **asked: bool) -> Callable[...
     def plain(*args: Any, **options: Any) -> Any:
         for name in options.keys() - keywords:
             raise TypeError(f"{where}() got an unexpected keyword argument {name!r}")
-        asked_outputs = LATENT.in_place_of_kernels(make_arguments(where, *args, **asked, **options))
-        outputs = [t for t in asked_outputs if t is not None]
+        if density is not None:
+            options["density"] = density(**{name: options.pop(name) for name in Density._fields if name in options})
+        arguments = make_arguments(where, *args, z=z, kl=kl, **options)
+        outputs = [t for t in LATENT.in_place_of_kernels(arguments) if t is not None]
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     return plain
@@ -57,5 +61,5 @@ def _in_plain_torch(function: Callable[..., Any], **asked: bool) -> Callable[...
 reparameterize = _in_plain_torch(latent.reparameterize, z=True)
 kl_divergence = _in_plain_torch(latent.kl_divergence, kl=True)
 reparameterize_kl = _in_plain_torch(latent.reparameterize_kl, z=True, kl=True)
-reparameterize_log_prob = _in_plain_torch(latent.reparameterize_log_prob, z=True, log_q=True)
-reparameterize_mc_kl = _in_plain_torch(latent.reparameterize_mc_kl, z=True, log_q=True, minus_log_p=True)
+reparameterize_log_prob = _in_plain_torch(latent.reparameterize_log_prob, z=True, density=Density)
+reparameterize_mc_kl = _in_plain_torch(latent.reparameterize_mc_kl, z=True, density=partial(Density, minus_log_p=True))

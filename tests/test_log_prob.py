@@ -38,7 +38,7 @@ def true_log_q(mu, x, eps, param, *, squash=None, path=False, prior=None, min_st
     log_q = -(e**2) / 2 - s.log() - math.log(2 * math.pi) / 2
     magnitude = (e**2 / 2 + s.log().abs() + 1).detach()
     if squash:
-        jacobian = 2 * (math.log(2) - u - F.softplus(-2 * u))
+        jacobian = 2 * (math.log(2) - u - F.softplus(-2 * u, threshold=50))
         log_q, magnitude = log_q - jacobian, magnitude + jacobian.abs().detach() + u.abs().detach()
     if prior is not None:
         mu_p, s_p = prior[0], sigma_of(prior[1], param, min_std)
@@ -128,7 +128,7 @@ def test_gradients_are_those_of_float64(backend, param, squash, path, prior):
             if b is None:
                 assert a is None or not a.any()
                 continue
-            assert (a - b).abs().max() <= 2e-6 * b.square().mean().sqrt() * 10
+            assert (a - b).abs().max() <= 2e-5 * b.square().mean().sqrt() + 1e-12
 
 
 @pytest.mark.parametrize("squash", [None, "tanh"])
@@ -139,8 +139,10 @@ def test_gradcheck_and_gradgradcheck_of_the_total_derivative(backend, param, squ
     def density(mu, x):
         return rk.reparameterize_log_prob(mu, x, param=param, squash=squash, seed=1, sample_shape=(2,))
 
+    prior = inputs(param, (2, 3), torch.float64, seed=1)
+
     def ratio(mu, x):
-        return rk.reparameterize_mc_kl(mu, x, param=param, prior=(mu.detach() + 1, x.detach()), seed=1)
+        return rk.reparameterize_mc_kl(mu, x, param=param, prior=prior, seed=1)
 
     for op in (density, *([] if squash else [ratio])):
         assert torch.autograd.gradcheck(op, leaves)

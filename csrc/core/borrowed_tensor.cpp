@@ -1,6 +1,9 @@
 #include "core/borrowed_tensor.h"
 
+#include <algorithm>
 #include <string>
+
+#include "core/huge_pages.h"
 
 namespace py = pybind11;
 
@@ -28,7 +31,36 @@ bool extent_is_valid(const dlpack::Tensor& t) {
   return true;
 }
 
+bool is_tensor(PyObject* object) {
+  PyObject* type = (PyObject*)Py_TYPE(object);
+  return type == tensor_type || type == parameter_type;  // false until a type is bound
+}
+
+// Reads a tensor of any device; false for one that only Python can describe, or whose values are to be negated.
+bool borrow_plain(PyObject* object, dlpack::Tensor* t) {
+  if (!is_tensor(object)) return false;
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  PyObject* const neg = exchange->borrow(object, t) == 0 ? PyObject_CallMethodNoArgs(object, is_neg) : nullptr;
+  if (!neg) PyErr_Clear();
+  Py_XDECREF(neg);
+  return neg == Py_False;
+}
+
+bool is_float(const dlpack::Tensor& t) {
+  if (t.lanes != 1) return false;
+  return t.code == dlpack::kFloat ? t.bits == 16 || t.bits == 32 || t.bits == 64
+                                  : t.code == dlpack::kBfloat && t.bits == 16;
+}
+
 }  // namespace
+
+int plain_pair_ndim(py::handle mu_, py::handle x_) noexcept {
+  dlpack::Tensor mu, x;
+  if (!borrow_plain(mu_.ptr(), &mu) || !borrow_plain(x_.ptr(), &x) || !is_float(mu)) return -1;
+  const bool alike = mu.code == x.code && mu.bits == x.bits && x.lanes == 1 && mu.device_type == x.device_type &&
+                     mu.device_id == x.device_id && mu.ndim == x.ndim;
+  return alike && std::equal(mu.shape, mu.shape + mu.ndim, x.shape) ? mu.ndim : -1;
+}
 
 void throw_invalid(const char* name) { throw InvalidArgument(name); }
 
@@ -45,8 +77,7 @@ void bind_tensor_type(py::type tensor, py::type parameter) {
 BorrowedTensor::BorrowedTensor(const char* argument, py::handle object) {
   if (object.is_none()) return;
   name = argument;
-  PyObject* type = (PyObject*)Py_TYPE(object.ptr());
-  if (type != tensor_type && type != parameter_type) throw_invalid(name);  // always, until a type is bound
+  if (!is_tensor(object.ptr())) throw_invalid(name);
   if (exchange->borrow(object.ptr(), &t) != 0) {
     PyErr_Clear();  // meta and sparse tensors, among others
     throw_invalid(name);
@@ -97,6 +128,13 @@ Operand BorrowedTensor::operand() const {
     }
   }
   return o;
+}
+
+void BorrowedTensor::will_be_written() const {
+  if (!name || numel() == 0) return;
+  int64_t low = 0, high = 1;
+  for (int i = 0; i < t.ndim; ++i) (t.strides[i] < 0 ? low : high) += (t.shape[i] - 1) * t.strides[i];
+  prefer_huge_pages((char*)t.data + low * (t.bits / 8), (size_t)(high - low) * (t.bits / 8));
 }
 
 void BorrowedTensor::check_dtype(Dtype want) const {

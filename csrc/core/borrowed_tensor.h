@@ -19,6 +19,10 @@ struct InvalidArgument : std::invalid_argument {
 // Sets the types whose instances are tensors; `tensor` has the exchange table of DLPack.
 void bind_tensor_type(pybind11::type tensor, pybind11::type parameter);
 
+// Returns the number of dims of two plain, dense float tensors of one dtype, shape and device, or -1 for anything else.
+// It only reads, so that Python can say what is wrong with the others.
+int plain_pair_ndim(pybind11::handle mu, pybind11::handle x) noexcept;
+
 struct BorrowedTensor {
   const char* name = nullptr;  // null if None was passed
   dlpack::Tensor t{};
@@ -33,6 +37,7 @@ struct BorrowedTensor {
   int64_t product(int from, int to) const;  // of the sizes of these dims
   bool same_sizes(int from, const BorrowedTensor& other, int other_from, int count) const;
   Operand operand() const;  // absent for None
+  void will_be_written() const;  // for the first time, as a rule; prepares the memory
 
   // Each of these holds for None.
   void check_dtype(Dtype) const;

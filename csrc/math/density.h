@@ -29,8 +29,8 @@ REPARAM_INLINE Densities<C> densities_from_log(C scale, C mu, C lv, C mu_p, C lv
   const C quarter = C(-.5) * lvp;
   const C root = exp_of_half(quarter < kLow ? kLow : quarter > kHigh ? kHigh : quarter);  // 1 / sigma_p is its square
   const C d2 = lv - lvp, sigma = exp_of_half(lv);
-  return {sigma, C(.5) * lv, exp_of_half(-lv), scale * sigma, scale,
-          C(.5) * d2, expm1_of_half(d2), (mu - mu_p) * root * root, root * root, scale};
+  return {sigma,      C(.5) * lv,        exp_of_half(-lv),          scale * sigma, scale,
+          C(.5) * d2, expm1_of_half(d2), (mu - mu_p) * root * root, root * root,   scale};
 }
 
 template <Param kParam, bool kPrior, class C>
@@ -52,13 +52,13 @@ REPARAM_INLINE Densities<C> densities(const Constants<C>& c, C mu, C x, C mu_p, 
     const C beyond = bare & (x < -kExpUnderflow<C>) ? x + kExpUnderflow<C> : C(0);
     const C beyond_p = kPrior && (bare & (x_p < -kExpUnderflow<C>)) ? x_p + kExpUnderflow<C> : C(0);
     const C log_sigma = log(sigma) + beyond, log_sigma_p = kPrior ? log(sigma_p) + beyond_p : C(0);
-    const bool both = kPrior && (bare & (x < -kExpUnderflow<C>) & (x_p < -kExpUnderflow<C>));
+    const bool both = kPrior && (bare & (x < -kExpUnderflow<C>)&(x_p < -kExpUnderflow<C>));
     const C f = both ? expm1(x - x_p) : difference / sigma_p;
     // near 0, f is exact to the last digits, and the difference of two logarithms is not
     const C near = f - minus_log1p(f);
     const C d = (f > C(-.5)) & (f < C(1)) ? near : log_sigma - log_sigma_p;
-    return {sigma, log_sigma, 1 / sigma, s.slope, s.slope / sigma,
-            d, f, (mu - mu_p) / sigma_p, 1 / sigma_p, p.slope / sigma_p};
+    return {sigma,       log_sigma,        1 / sigma, s.slope, s.slope / sigma, d, f, (mu - mu_p) / sigma_p,
+            1 / sigma_p, p.slope / sigma_p};
   }
 }
 

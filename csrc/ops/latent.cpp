@@ -330,7 +330,7 @@ inline void backward_chunk(const LatentArguments& a, const Constants<C>& c, cons
   const int n = (int)(chunks.end(chunk) - first);
   const Inputs<C> in(a, c, first, n);
   const GradOutput<C> dmu(a.dmu, first), dx(a.dx, first), dmu_p(a.dmu_p, first), dx_p(a.dx_p, first);
-  if (a.dlog_q.data || a.options.tanh) {
+  if (a.dlog_q.data || (a.dz.data && a.options.tanh)) {
     backward_densities(a, c, first, n, in, dmu.data, dx.data, dmu_p.data, dx_p.data);
     if (c.clamped) clamp_gradient(c, n, in.unclamped, dx.data);
     dmu.store(n), dx.store(n), dmu_p.store(n), dx_p.store(n);

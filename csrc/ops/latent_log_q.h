@@ -1,5 +1,5 @@
-// The stages of a chunk that concern log_q, or z = tanh(u). The noise enters the density of each sample, so that backward
-// visits the samples one by one.
+// The stages of a chunk that concern log_q, or z = tanh(u). The noise enters the density of each sample, so that
+// backward visits the samples one by one.
 #pragma once
 #include "core/sum.h"
 #include "math/density.h"
@@ -17,8 +17,7 @@ struct DensityArrays {
   inline void fill(const Constants<C> c, int n, const C* mu, const C* x, const C* mu_p, const C* x_p) {
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
-      const Densities<C> e =
-          densities<kParam, kPrior>(c, mu[i], x[i], kPrior ? mu_p[i] : C(0), kPrior ? x_p[i] : C(0));
+      const Densities<C> e = densities<kParam, kPrior>(c, mu[i], x[i], kPrior ? mu_p[i] : C(0), kPrior ? x_p[i] : C(0));
       sigma.data[i] = e.sigma, log_sigma.data[i] = e.log_sigma, inverse.data[i] = e.inverse;
       dsigma.data[i] = e.dsigma, slope.data[i] = e.slope;
       d.data[i] = e.d, f.data[i] = e.f, delta.data[i] = e.delta;
@@ -70,7 +69,7 @@ struct LogQGrads {
         du = fma(du, slope_at(du, t.slope), g * slope_at(g, t.value + t.value));
       }
       if constexpr (kRatio) {
-        const C q = e.f + C(1), v = fma(q, noise, e.delta);  // v = (z - mu_p) / sigma_p
+        const C q = e.f + C(1), v = fma(q, noise, e.delta);                    // v = (z - mu_p) / sigma_p
         const C score = fma(e.f, q * noise + noise, e.delta * q) * e.inverse;  // v / sigma_p - eps / sigma
         du = fma(g, slope_at(g, kPath ? score : v * e.inverse_p), du);
         mu_p.data[i] = fma(-g, slope_at(g, v), mu_p.data[i]);

@@ -7,8 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import extension
 from .dtypes import FLOATS, dtype_name
 
+
+def _unknown_pair(mu: Any, x: Any) -> int:
+    return -1
+
+
+# plain_pair_ndim(mu, x) returns the number of dims of two plain, dense tensors of one float dtype, shape and device,
+# or -1 for anything else, which the checks below then read one by one.
+plain_pair_ndim = _unknown_pair if isinstance(extension.LOADED, str) else extension.LOADED.plain_pair_ndim
 
 def floating(where: str, name: str, t: Any) -> None:
     if not isinstance(t, Tensor):

@@ -13,22 +13,37 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 def execute(op: Op[Any], arguments: Any) -> Outputs:
     """Return the outputs of an op, None for each that is not asked for."""
-    tensors, device = arguments[:-1], arguments[0].device
-    grad_enabled = torch.is_grad_enabled()
-    wants_noise_grad = grad_enabled and any_requires_grad(tensors[op.n_inputs :])  # the kernels give it no gradient
     if torch.compiler.is_compiling():
-        if not backends.has_kernels(device.type):
-            return op.in_place_of_kernels(arguments)
-        in_formula = wants_noise_grad or torch_modes.compiling_a_transform()
-        return op.by_formula(arguments) if in_formula else op.registered(arguments)
-    kernels = op.kernels(device)
+        return _compile(op, arguments)
+    kernels = op.kernels(arguments[0].device)
     if kernels is None:
         return op.in_place_of_kernels(arguments)
-    if wants_noise_grad or torch_modes.in_transform():
-        return op.by_formula(arguments)
-    if torch_modes.in_dispatch_mode() or not _PLAIN.issuperset(map(type, tensors)):
-        checks.local(tensors)
-        return op.registered(arguments)
-    if grad_enabled and any_requires_grad(tensors[: op.n_inputs]):
-        return op.eager(arguments)
+    tensors = arguments[:-1]
+    if torch_modes.watched() or not _PLAIN.issuperset(map(type, tensors)):
+        return _run_watched(op, arguments)
+    if torch.is_grad_enabled():
+        if any_requires_grad(tensors[op.n_inputs :]):  # the kernels give the noise no gradient
+            return op.by_formula(arguments)
+        if any_requires_grad(tensors[: op.n_inputs]):
+            return op.eager(arguments)
     return kernels.forward(arguments)  # type: ignore[no-any-return]
+
+
+def _compile(op: Op[Any], arguments: Any) -> Outputs:
+    """Run the op where torch.compile traces it."""
+    if not backends.has_kernels(arguments[0].device.type):
+        return op.in_place_of_kernels(arguments)
+    in_formula = _wants_noise_grad(op, arguments) or torch_modes.compiling_a_transform()
+    return op.by_formula(arguments) if in_formula else op.registered(arguments)
+
+
+def _run_watched(op: Op[Any], arguments: Any) -> Outputs:
+    """Run the op in a transform, in a mode that sees the ops, or on a tensor of a subclass."""
+    if _wants_noise_grad(op, arguments) or torch_modes.in_transform():
+        return op.by_formula(arguments)
+    checks.local(arguments[:-1])
+    return op.registered(arguments)
+
+
+def _wants_noise_grad(op: Op[Any], arguments: Any) -> bool:
+    return torch.is_grad_enabled() and any_requires_grad(arguments[op.n_inputs : -1])

@@ -4,9 +4,15 @@ The record holds the op's arguments (a NamedTuple of tensors and, last, a NamedT
 torch, the shapes of its outputs, and a package with a module of kernels for each backend. Two registered ops, `name`
 and `name_backward`, serve torch.compile, export and dispatch modes; an autograd.Function serves the eager path.
 In a registered op, an output that is not asked for and a gradient that is not wanted are empty tensors.
+
+Below autograd a registered op becomes its launch, the op `<name>_launch`, which is what a compiled graph holds. A
+launch has no autograd, for which torch would run Python at each call, and it takes the options as one string, since
+torch converts each argument twice.
 """
 
+import json
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
@@ -31,6 +37,10 @@ SCHEMA_TYPES: dict[Any, str] = {
 }
 
 
+_PLAIN = frozenset((Tensor, type(None), str, list))  # what a launch is given, but for a tensor of a subclass
+SIZES = tuple[int, ...]  # the type of an option that may be symbolic, so a launch takes it apart from the others
+
+
 class Shape(NamedTuple):
     sizes: tuple[int, ...]
     dtype: torch.dtype
@@ -48,7 +58,8 @@ class Op(Generic[A]):
         inputs. Where an output gradient is 0 and a slope is not finite, it holds the inputs constant.
     shapes: arguments -> a Shape for each output, None for one not asked for.
     package: holds cpu.py and triton.py, each with forward(arguments) -> outputs and backward(arguments, output
-        gradients, wanted) -> input gradients, contiguous. A gradient may have the shape to which its input expands.
+        gradients, wanted) -> input gradients, contiguous.
+    expands: the inputs that may be smaller than their gradients from the kernels, which are then summed.
     with_noise: arguments -> arguments whose random numbers are tensors, the same numbers as the kernels would use.
     """
 
@@ -63,6 +74,7 @@ class Op(Generic[A]):
         shapes: Callable[[A], tuple[Shape | None, ...]],
         package: str,
         gradient_formula: Callable[[A, Outputs], Outputs] | None = None,
+        expands: tuple[str, ...] = (),
         with_noise: Callable[[A], A] = lambda arguments: arguments,
     ) -> None:
         self.name, self.arguments, self.formula, self.shapes = name, arguments, formula, shapes
@@ -70,10 +82,13 @@ class Op(Generic[A]):
         self.gradient_formula = gradient_formula or (lambda arguments, grads: formula(arguments))
         hints = get_type_hints(arguments)
         *tensors, options = hints
+        self._expands = [inputs.index(name) for name in expands]
         self.n_inputs, self.n_tensors, self.n_outputs = len(inputs), len(tensors), len(outputs)
         self.options: Any = hints[options]
-        self._option_types = list(get_type_hints(self.options).values())
-        self.function, self.formula_function = kernels_function(self), formula_function(self)
+        self._option_types = get_type_hints(self.options)
+        self._sizes = [name for name, kind in self._option_types.items() if kind == SIZES]
+        self._read_options = lru_cache(maxsize=1024)(self._parse_options)
+        self._apply, self._apply_formula = kernels_function(self), formula_function(self)
         self._register({n: hints[n] for n in tensors} | get_type_hints(self.options), inputs, outputs)
 
     # The ways to run. execute.py chooses between them and the formula.
@@ -84,7 +99,7 @@ class Op(Generic[A]):
 
     def eager(self, arguments: A) -> Outputs:
         """Run the kernels, under autograd."""
-        return self.function.apply(arguments, *arguments[: self.n_inputs])  # type: ignore[no-any-return]
+        return self._apply(arguments, *arguments[: self.n_inputs])  # type: ignore[no-any-return]
 
     def registered(self, arguments: A) -> Outputs:
         """Run the registered op."""
@@ -103,16 +118,21 @@ class Op(Generic[A]):
             return self.formula(arguments)
         if torch_modes.in_dispatch_mode():  # which sees the formula's own ops
             return self.formula(arguments)
-        return self.formula_function.apply(arguments, *inputs)  # type: ignore[no-any-return]
+        return self._apply_formula(arguments, *inputs)  # type: ignore[no-any-return]
 
     # Gradients.
 
     def gradients(self, arguments: A, grads: Outputs, wanted: Sequence[bool]) -> Outputs:
         """Compute the gradients to the inputs by the kernels, each in the shape and dtype of its input."""
-        grads = tuple([g if g is None else resolve_neg(g) for g in grads])
-        input_grads = self.kernels(arguments[0].device).backward(arguments, grads, wanted)
-        pairs = zip(input_grads, arguments[: self.n_inputs], strict=True)
-        return tuple([g if g is None or g.shape == t.shape else sum_to_shape(g, t) for g, t in pairs])
+        for g in grads:
+            if g is not None and g.is_neg():
+                return self.gradients(arguments, tuple([g if g is None else resolve_neg(g) for g in grads]), wanted)
+        input_grads: Outputs = self.kernels(arguments[0].device).backward(arguments, grads, wanted)
+        for i in self._expands:
+            g = input_grads[i]
+            if g is not None and g.shape != arguments[i].shape:
+                input_grads = (*input_grads[:i], sum_to_shape(g, arguments[i]), *input_grads[i + 1 :])
+        return input_grads
 
     def registered_gradients(self, arguments: A, grads: Outputs, wanted: Sequence[bool]) -> Outputs:
         """Compute the same gradients by the registered op."""
@@ -141,44 +161,90 @@ class Op(Generic[A]):
 
     def unflatten(self, values: Sequence[Any]) -> A:
         """Rebuild the arguments. The dispatcher has turned their tuples into lists."""
-        tensors, options = values[: self.n_tensors], values[self.n_tensors :]
+        options = self._make_options(values[self.n_tensors :])
+        return self.arguments._make((*values[: self.n_tensors], options))  # type: ignore[no-any-return]
+
+    def _make_options(self, values: Sequence[Any]) -> Any:
         typed = (
-            tuple(value or ()) if kind == tuple[int, ...] else tuple(value) if isinstance(value, list) else value
-            for kind, value in zip(self._option_types, options, strict=True)
+            tuple(value or ()) if kind == SIZES else tuple(value) if isinstance(value, list) else value
+            for kind, value in zip(self._option_types.values(), values, strict=True)
         )
-        return self.arguments._make((*tensors, self.options._make(typed)))  # type: ignore[no-any-return]
+        return self.options._make(typed)
+
+    # The arguments as a launch takes them: the tensors, the options as one string, and those of them that are sizes.
+
+    def to_launch(self, values: Sequence[Any], wanted: Sequence[bool] = ()) -> tuple[Any, ...]:
+        """Return a launch's arguments for the flat list, and for which gradients are wanted."""
+        options = dict(zip(self._option_types, values[self.n_tensors :], strict=True))
+        text = json.dumps([[None if name in self._sizes else options[name] for name in options], list(wanted)])
+        return *values[: self.n_tensors], text, *(options[name] for name in self._sizes)
+
+    def from_launch(self, values: Sequence[Any]) -> tuple[A, tuple[bool, ...]]:
+        """Rebuild the arguments, and which gradients are wanted."""
+        n = self.n_tensors
+        options, wanted = self._read_options(values[n])
+        if any(values[n + 1 :]):
+            given = zip(self._sizes, values[n + 1 :], strict=True)
+            options = options._replace(**{name: tuple(sizes) for name, sizes in given if sizes})
+        return self.arguments._make((*values[:n], options)), wanted
+
+    def _parse_options(self, text: str) -> tuple[Any, tuple[bool, ...]]:
+        options, wanted = json.loads(text)
+        return self._make_options(options), tuple(wanted)
 
     def _register(self, fields: dict[str, Any], inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
-        arguments = ", ".join(f"{SCHEMA_TYPES[kind]} {field}" for field, kind in fields.items())
-        grads = ", ".join(f"Tensor? d{output}" for output in outputs)
-        forward, backward = self.name, f"{self.name}_backward"
-        LIBRARY.define(f"{forward}({arguments}) -> {returns(outputs)}")
-        LIBRARY.define(f"{backward}({arguments}, {grads}, bool[] wanted) -> {returns(inputs)}")
-        self._forward_op = getattr(torch.ops.reparam_kernels, forward)
-        self._backward_op = getattr(torch.ops.reparam_kernels, backward)
-        for op, rules in ((forward, ForwardRules(self)), (backward, BackwardRules(self))):
-            qualified = f"reparam_kernels::{op}"
-            torch.library.impl(LIBRARY, op, "CompositeExplicitAutograd")(rules.run)
-            torch.library.register_fake(qualified, rules.fake, lib=LIBRARY)
-            torch.library.register_autograd(qualified, rules.gradient, setup_context=rules.save, lib=LIBRARY)
-            torch.library.register_vmap(qualified, vmap_by_loop(getattr(torch.ops.reparam_kernels, op)), lib=LIBRARY)
+        flat = [f"{SCHEMA_TYPES[kind]} {field}" for field, kind in fields.items()]
+        launch = [*flat[: self.n_tensors], "str options", *(f"{SCHEMA_TYPES[SIZES]} {name}" for name in self._sizes)]
+        grads = [f"Tensor? d{output}" for output in outputs]
+        forward, backward = ForwardRules(self), BackwardRules(self)
+        self._forward_op = define(self.name, flat, outputs, launch, forward)
+        last = [*grads, "bool[] wanted"]
+        self._backward_op = define(f"{self.name}_backward", [*flat, *last], inputs, [*launch, *grads], backward)
+
+
+def define(name: str, flat: list[str], results: tuple[str, ...], launch: list[str], rules: Any) -> Any:
+    """Register an op and its launch, given the schemas of their arguments; return the op."""
+    returned = f"({', '.join(['Tensor'] * len(results))})"
+    LIBRARY.define(f"{name}({', '.join(flat)}) -> {returned}")
+    LIBRARY.define(f"{name}_launch({', '.join(launch)}) -> {returned}")
+    op, launch_op = (getattr(torch.ops.reparam_kernels, n) for n in (name, f"{name}_launch"))
+
+    def lower(*values: Any) -> Any:
+        return launch_op.default(*rules.to_launch(values))
+
+    def fake(*values: Any) -> Any:
+        return rules.fake(*rules.to_launch(values))
+
+    for key in ("ADInplaceOrView", "CompositeExplicitAutograd"):  # below autograd; and where inference mode skips that
+        torch.library.impl(LIBRARY, name, key)(lower)
+    torch.library.impl(LIBRARY, f"{name}_launch", "CompositeExplicitAutograd")(rules.run)
+    LIBRARY.impl(f"{name}_launch", torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"reparam_kernels::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"reparam_kernels::{name}_launch", rules.fake, lib=LIBRARY)
+    qualified = f"reparam_kernels::{name}"
+    torch.library.register_autograd(qualified, rules.gradient, setup_context=rules.save, lib=LIBRARY)
+    torch.library.register_vmap(qualified, vmap_by_loop(op), lib=LIBRARY)
+    return op
 
 
 class ForwardRules:
-    """The registered forward op: its implementation, fake and gradient."""
+    """The registered forward op: its launch, the launch's implementation and fake, and the op's gradient."""
 
     def __init__(self, op: Op[Any]) -> None:
         self.op = op
 
+    def to_launch(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        return self.op.to_launch(values)
+
     def run(self, *values: Any) -> Any:
-        arguments = self.op.unflatten(list(map(as_plain_tensor, values)))
+        arguments, _ = self.op.from_launch(plain_tensors(values))
         first = arguments[0]
         outputs = self.op.kernels(first.device).forward(arguments)
-        return one_or_all(first.new_empty(0) if t is None else t for t in outputs)
+        return one_or_all([first.new_empty(0) if t is None else t for t in outputs])
 
     def fake(self, *values: Any) -> Any:
-        first = values[0]
-        shapes = self.op.shapes(self.op.unflatten(values))
+        arguments, _ = self.op.from_launch(values)
+        first, shapes = values[0], self.op.shapes(arguments)
         return one_or_all(first.new_empty(0) if s is None else first.new_empty(s.sizes, dtype=s.dtype) for s in shapes)
 
     def save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
@@ -195,7 +261,7 @@ class ForwardRules:
 
 
 class BackwardRules:
-    """The registered backward op. Its gradient is autograd's of the formula's gradient."""
+    """The same for the registered backward op. Its gradient is autograd's of the formula's gradient."""
 
     def __init__(self, op: Op[Any]) -> None:
         self.op = op
@@ -205,20 +271,26 @@ class BackwardRules:
         *rest, wanted = values
         return rest[: -self.op.n_outputs], rest[-self.op.n_outputs :], wanted
 
+    def to_launch(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        flat, grads, wanted = self.split(values)
+        return *self.op.to_launch(flat, wanted), *grads
+
     def run(self, *values: Any) -> Any:
-        flat, grads, wanted = self.split(list(map(as_plain_tensor, values)))
-        arguments = self.op.unflatten(flat)
-        input_grads = self.op.gradients(arguments, tuple(grads), wanted)
-        inputs = arguments[: self.op.n_inputs]
+        op, values = self.op, plain_tensors(values)
+        arguments, wanted = op.from_launch(values[: -op.n_outputs])
+        first = arguments[0]
+        input_grads = op.gradients(arguments, values[-op.n_outputs :], wanted)
         return one_or_all(
-            arguments[0].new_empty(0) if not want or t is None else t.new_zeros(t.shape) if grad is None else grad
-            for grad, t, want in zip(input_grads, inputs, wanted, strict=True)
+            [
+                grad if grad is not None else t.new_zeros(t.shape) if want and t is not None else first.new_empty(0)
+                for grad, t, want in zip(input_grads, arguments, wanted, strict=False)
+            ]
         )
 
     def fake(self, *values: Any) -> Any:
-        flat, _, wanted = self.split(values)
-        inputs = zip(flat[: self.op.n_inputs], wanted, strict=True)
-        return one_or_all(flat[0].new_empty(0) if not want or t is None else t.new_empty(t.shape) for t, want in inputs)
+        arguments, wanted = self.op.from_launch(values[: -self.op.n_outputs])
+        first, inputs = values[0], zip(arguments, wanted, strict=False)
+        return one_or_all(first.new_empty(0) if not want or t is None else t.new_empty(t.shape) for t, want in inputs)
 
     def save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         flat, grads, ctx.wanted = self.split(inputs)
@@ -248,8 +320,8 @@ class BackwardRules:
         return *to_all[:n], *[None] * (after - n), *to_all[n:], None
 
 
-def kernels_function(op: Op[Any]) -> Any:
-    """Make the autograd.Function of the eager path."""
+def kernels_function(op: Op[Any]) -> Callable[..., Any]:
+    """Return the apply of the eager path."""
 
     def gradients(arguments: Any, grads: Outputs, wanted: Sequence[bool]) -> Outputs:
         if torch.compiler.is_compiling():
@@ -261,8 +333,8 @@ def kernels_function(op: Op[Any]) -> Any:
     return autograd_function(op, lambda arguments: op.kernels(arguments[0].device).forward(arguments), gradients)
 
 
-def formula_function(op: Op[Any]) -> Any:
-    """Make the autograd.Function that runs the formula in place of the kernels."""
+def formula_function(op: Op[Any]) -> Callable[..., Any]:
+    """Return the apply that runs the formula in place of the kernels."""
     return autograd_function(op, op.formula, op.differentiable_gradients)
 
 
@@ -270,8 +342,8 @@ def autograd_function(
     op: Op[Any],
     run: Callable[[Any], Outputs],
     gradients: Callable[[Any, Outputs, Sequence[bool]], Outputs],
-) -> Any:
-    """Make an autograd.Function. It saves the arguments and nothing else."""
+) -> Callable[..., Any]:
+    """Make an autograd.Function, and return its apply. It saves the arguments and nothing else."""
 
     def forward(ctx: Any, arguments: Any, *inputs: Tensor | None) -> Outputs:
         ctx.save_for_backward(*arguments[:-1])
@@ -285,7 +357,9 @@ def autograd_function(
 
     base: Any = torch.autograd.Function
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(base)(f"reparam_kernels::{op.name}", (base,), methods)  # profilers show the name
+    function = type(base)(f"reparam_kernels::{op.name}", (base,), methods)  # profilers show the name
+    # Function.apply first looks for a transform, in which this path does not run: a tenth of a small call.
+    return super(base, function).apply  # type: ignore[no-any-return]
 
 
 def vmap_by_loop(op: Any) -> Any:
@@ -302,10 +376,6 @@ def vmap_by_loop(op: Any) -> Any:
     return rule
 
 
-def returns(names: tuple[str, ...]) -> str:
-    return f"({', '.join(['Tensor'] * len(names))})"
-
-
 def one_or_all(values: Any) -> Any:
     """Return a tuple, or its element if there is one: an op with one output returns no tuple."""
     outputs = tuple(values)
@@ -316,9 +386,11 @@ def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def as_plain_tensor(value: Any) -> Any:
-    """View a tensor of a subclass as a plain Tensor, so that its memory is read."""
-    return value.as_subclass(Tensor) if isinstance(value, Tensor) and type(value) is not Tensor else value
+def plain_tensors(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """View tensors of subclasses as plain ones, so that their memory is read."""
+    if _PLAIN.issuperset(map(type, values)):
+        return values
+    return tuple(v.as_subclass(Tensor) if isinstance(v, Tensor) else v for v in values)
 
 
 def resolve_neg(t: Tensor) -> Tensor:

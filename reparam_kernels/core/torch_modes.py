@@ -26,6 +26,16 @@ def in_transform() -> bool:
     return _functorch_level() is not None or forward_ad._current_level >= 0
 
 
+def watched() -> bool:
+    """Return True if a transform, a mode or a trace sees the ops that run."""
+    return (
+        _functorch_level() is not None
+        or _dispatch_modes() > 0
+        or forward_ad._current_level >= 0
+        or _tracing_state() is not None
+    )
+
+
 def constant_to_the_compiler(f: Callable[P, R]) -> Callable[P, R]:
     """Do what torch.compiler.assume_constant_result does, without importing the compiler, which takes two seconds."""
     f._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -40,4 +50,9 @@ def compiling_a_transform() -> bool:
 
 def is_batched_grad(*grads: Tensor | None) -> bool:
     """Return True if one of these holds several gradients, by vmap or is_grads_batched."""
-    return _functorch_level() is not None or any(g is not None and _is_legacy_batched(g) for g in grads)
+    if _functorch_level() is not None:
+        return True
+    for g in grads:  # noqa: SIM110  a generator expression is slower
+        if g is not None and _is_legacy_batched(g):
+            return True
+    return False

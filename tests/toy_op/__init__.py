@@ -29,7 +29,16 @@ def shapes(arguments: Arguments) -> tuple[Shape]:
     return (Shape(tuple(arguments.x.shape), arguments.x.dtype),)
 
 
-TOY = Op("toy", Arguments, inputs=("x", "weight"), outputs=("y",), formula=formula, shapes=shapes, package=__package__)
+TOY = Op(
+    "toy",
+    Arguments,
+    inputs=("x", "weight"),
+    outputs=("y",),
+    formula=formula,
+    shapes=shapes,
+    package=__package__,
+    expands=("weight",),
+)
 
 
 def weighted_square(x: Tensor, weight: Tensor | None = None, *, scale: Any = 1.0) -> Tensor:

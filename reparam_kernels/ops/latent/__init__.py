@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ...core.execute import execute
-from .arguments import make_arguments
+from .arguments import Density, make_arguments
 from .op import LATENT
 
 
@@ -54,20 +54,9 @@ def reparameterize(
                 [ 1.7888e+00,  1.0679e+00]])
     """
     arguments = make_arguments(
-        "reparameterize",
-        mu,
-        logvar,
-        z=True,
-        seed=seed,
-        generator=generator,
-        eps=eps,
-        sample_shape=sample_shape,
-        param=param,
-        min_std=min_std,
-        clamp=clamp,
+        "reparameterize", mu, logvar, True, False, seed, generator, eps, sample_shape, None, None, param, min_std, clamp
     )
-    z, *_ = execute(LATENT, arguments)
-    return z  # type: ignore[return-value]
+    return execute(LATENT, arguments)[0]  # type: ignore[return-value]
 
 
 def kl_divergence(
@@ -107,18 +96,9 @@ def kl_divergence(
         tensor([1.5000, 1.5000])
     """
     arguments = make_arguments(
-        "kl_divergence",
-        mu,
-        logvar,
-        kl=True,
-        event_ndim=event_ndim,
-        prior=prior,
-        param=param,
-        min_std=min_std,
-        clamp=clamp,
+        "kl_divergence", mu, logvar, False, True, None, None, None, (), event_ndim, prior, param, min_std, clamp
     )
-    _, kl, _ = execute(LATENT, arguments)
-    return kl  # type: ignore[return-value]
+    return execute(LATENT, arguments)[1]  # type: ignore[return-value]
 
 
 def reparameterize_kl(
@@ -161,17 +141,17 @@ def reparameterize_kl(
         "reparameterize_kl",
         mu,
         logvar,
-        z=True,
-        kl=True,
-        seed=seed,
-        generator=generator,
-        eps=eps,
-        sample_shape=sample_shape,
-        event_ndim=event_ndim,
-        prior=prior,
-        param=param,
-        min_std=min_std,
-        clamp=clamp,
+        True,
+        True,
+        seed,
+        generator,
+        eps,
+        sample_shape,
+        event_ndim,
+        prior,
+        param,
+        min_std,
+        clamp,
     )
     z, kl, _ = execute(LATENT, arguments)
     return z, kl  # type: ignore[return-value]
@@ -227,18 +207,18 @@ def reparameterize_log_prob(
         "reparameterize_log_prob",
         mu,
         logvar,
-        z=True,
-        log_q=True,
-        seed=seed,
-        generator=generator,
-        eps=eps,
-        sample_shape=sample_shape,
-        event_ndim=event_ndim,
-        squash=squash,
-        path_derivative=path_derivative,
-        param=param,
-        min_std=min_std,
-        clamp=clamp,
+        True,
+        False,
+        seed,
+        generator,
+        eps,
+        sample_shape,
+        event_ndim,
+        None,
+        param,
+        min_std,
+        clamp,
+        density=Density(squash=squash, path_derivative=path_derivative),
     )
     z, _, log_q = execute(LATENT, arguments)
     return z, log_q  # type: ignore[return-value]
@@ -290,19 +270,18 @@ def reparameterize_mc_kl(
         "reparameterize_mc_kl",
         mu,
         logvar,
-        z=True,
-        log_q=True,
-        minus_log_p=True,
-        seed=seed,
-        generator=generator,
-        eps=eps,
-        sample_shape=sample_shape,
-        event_ndim=event_ndim,
-        prior=prior,
-        path_derivative=path_derivative,
-        param=param,
-        min_std=min_std,
-        clamp=clamp,
+        True,
+        False,
+        seed,
+        generator,
+        eps,
+        sample_shape,
+        event_ndim,
+        prior,
+        param,
+        min_std,
+        clamp,
+        density=Density(minus_log_p=True, path_derivative=path_derivative),
     )
     z, _, kl = execute(LATENT, arguments)
     return z, kl  # type: ignore[return-value]

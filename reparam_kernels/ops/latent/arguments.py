@@ -20,16 +20,24 @@ class Config(NamedTuple):
 
     z: bool
     kl: bool
-    log_q: bool
-    minus_log_p: bool  # log_q is the log-ratio log q(z) - log p(z)
-    tanh: bool  # z = tanh(mu + sigma eps)
-    path_derivative: bool  # log_q has gradients by way of z alone
     sample_shape: tuple[int, ...]
     event_ndim: int
     param: str
     min_std: float
     clamp: tuple[float, float] | None
     packed: int | None  # the dim along which mu holds mu and x; x is None then
+    log_q: bool = False
+    minus_log_p: bool = False  # log_q is the log-ratio log q(z) - log p(z)
+    tanh: bool = False  # z = tanh(mu + sigma eps)
+    path_derivative: bool = False  # log_q has gradients by way of z alone
+
+
+class Density(NamedTuple):
+    """What the user passes for log_q."""
+
+    minus_log_p: bool = False
+    squash: Any = None
+    path_derivative: Any = False
 
 
 class Arguments(NamedTuple):
@@ -83,13 +91,8 @@ def make_arguments(
     where: str,
     mu: Any,
     logvar: Any,
-    *,
     z: bool = False,
     kl: bool = False,
-    log_q: bool = False,
-    minus_log_p: bool = False,
-    squash: Any = None,
-    path_derivative: Any = False,
     seed: Any = None,
     generator: Any = None,
     eps: Any = None,
@@ -100,60 +103,52 @@ def make_arguments(
     min_std: Any = 0.0,
     clamp: Any = None,
     packed: int | None = None,
+    density: Density | None = None,
 ) -> Arguments:
     """Check the arguments of a public function, whose name for errors is `where`, and return them as the op takes them.
 
-    packed: mu holds the moments, and logvar is None.
+    packed: mu holds the moments, and logvar is None. density: log_q is asked for.
     """
     if seed is not None or generator is not None or eps is not None:
         checks.one_source(where, seed, generator, eps)
-    if packed is None:
-        mu, logvar, eps, prior = _check_pair(where, mu, logvar, eps, prior)
-        shape = mu.shape
-    else:
-        checks.floating(where, "moments", mu)
-        shape = torch.Size((*mu.shape[:packed], mu.shape[packed] // 2, *mu.shape[packed + 1 :]))
     compiling = torch.compiler.is_compiling()
-    outputs = (z, kl, log_q, minus_log_p, _is_tanh(where, squash), _is_true(where, path_derivative))
+    ndim = -1 if compiling or eps is not None or prior is not None else checks.plain_pair_ndim(mu, logvar)
+    shape: Any = None
+    if ndim < 0:
+        mu, logvar, eps, prior = _check_tensors(where, mu, logvar, eps, prior, packed)
+        shape = mu.shape if packed is None else _unpacked_shape(mu, packed)
+        ndim = len(shape)
     config = _make_config(
-        compiling, where, len(shape), outputs, sample_shape, event_ndim, param, min_std, clamp, packed
+        compiling, where, ndim, z, kl, sample_shape, event_ndim, param, min_std, clamp, packed, density
     )
     mu_p, x_p = (None, None) if prior is None else _take_prior(where, prior, mu, shape)
     if not z:
         seed = None
     elif eps is None:
-        seed = make_seed(where, seed, generator, mu.device, shape[0] if shape else None)
+        items = None if seed is None or ndim == 0 else (shape or mu.shape)[0]
+        seed = make_seed(where, seed, generator, mu.device, items)
     else:
         eps = _take_eps(where, eps, mu, config.sample_shape + tuple(shape))
-    if not compiling and (mu.is_neg() or (logvar is not None and logvar.is_neg())):
-        mu, logvar = resolve_neg(mu), None if logvar is None else resolve_neg(logvar)
     return Arguments(mu, logvar, mu_p, x_p, seed, eps, config)
 
 
-def _check_pair(where: str, mu: Any, logvar: Any, eps: Any, prior: Any) -> tuple[Tensor, Tensor, Any, Any]:
-    plain = _is_plain_pair(mu, logvar)
-    if not plain:
-        checks.floating(where, "mu", mu)
-        checks.floating(where, "logvar", logvar)
+def _check_tensors(
+    where: str, mu: Any, logvar: Any, eps: Any, prior: Any, packed: int | None
+) -> tuple[Tensor, Tensor | None, Any, Any]:
+    """Check mu and logvar, and return the tensors, promoted if autocast mixes them and without lazy negations."""
+    if packed is not None:
+        checks.floating(where, "moments", mu)
+        return resolve_neg(mu), None, eps, prior
+    checks.floating(where, "mu", mu)
+    checks.floating(where, "logvar", logvar)
     if eps is not None or prior is not None or mu.dtype != logvar.dtype:
         mu, logvar, eps, prior = _promote(mu, logvar, eps, prior)
-    if not plain:
-        checks.like_mu(where, "logvar", logvar, mu)
-    return mu, logvar, eps, prior
+    checks.like_mu(where, "logvar", logvar, mu)
+    return resolve_neg(mu), resolve_neg(logvar), eps, prior
 
 
-def _is_plain_pair(mu: Any, logvar: Any) -> bool:
-    """Return True in the usual case: two dense float tensors of one dtype, shape and device."""
-    return (
-        isinstance(mu, Tensor)
-        and isinstance(logvar, Tensor)
-        and mu.dtype in FLOATS
-        and mu.dtype is logvar.dtype
-        and mu.shape == logvar.shape
-        and mu.device == logvar.device
-        and mu.layout is torch.strided
-        and logvar.layout is torch.strided
-    )
+def _unpacked_shape(moments: Tensor, packed: int) -> torch.Size:
+    return torch.Size((*moments.shape[:packed], moments.shape[packed] // 2, *moments.shape[packed + 1 :]))
 
 
 def _promote(mu: Tensor, logvar: Tensor, eps: Any, prior: Any) -> tuple[Tensor, Tensor, Any, Any]:
@@ -170,48 +165,51 @@ def _promote(mu: Tensor, logvar: Tensor, eps: Any, prior: Any) -> tuple[Tensor, 
     return mu.to(dtype), logvar.to(dtype), eps, tuple(pair) if pair else prior
 
 
-def _is_tanh(where: str, squash: Any) -> bool:
-    if squash not in (None, "tanh"):
-        raise ValueError(f'{where}: squash must be None or "tanh"; got {squash!r}. Use a transform of torch for others.')
-    return squash is not None
-
-
-def _is_true(where: str, path_derivative: Any) -> bool:
-    if not isinstance(path_derivative, bool):
-        raise TypeError(
-            f"{where}: path_derivative must be True or False; got {path_derivative!r}. "
-            "True leaves out the gradient of log q to its own parameters."
-        )
-    return path_derivative
-
-
-def _make_config(
-    compiling: bool, where: str, ndim: int, outputs: tuple[bool, ...], sample_shape: Any, *options: Any
-) -> Config:
-    event_ndim, param, min_std, clamp, packed = options
+def _make_config(compiling: bool, where: str, ndim: int, z: bool, kl: bool, sample_shape: Any, *options: Any) -> Config:
+    event_ndim, param, min_std, clamp, packed, density = options
     sample_shape = tuple(sample_shape) if isinstance(sample_shape, list) else sample_shape
     clamp = tuple(clamp) if isinstance(clamp, list) else clamp
     symbolic = sample_shape != () and isinstance(sample_shape, tuple) and torch.SymInt in map(type, sample_shape)
     make = _check_config if compiling or symbolic else _cached_config  # torch.compile warns about a cache
-    return make(where, ndim, outputs, sample_shape, event_ndim, param, min_std, clamp, packed)
+    return make(where, ndim, z, kl, sample_shape, event_ndim, param, min_std, clamp, packed, density)
 
 
 def _check_config(
     where: str,
     ndim: int,
-    outputs: tuple[bool, ...],
+    z: bool,
+    kl: bool,
     sample_shape: Any,
     event_ndim: Any,
     param: Any,
     min_std: Any,
     clamp: Any,
     packed: int | None,
+    density: Density | None,
 ) -> Config:
     min_std, clamp = _check_scale(where, param, min_std, clamp)
     sample_shape = checks.sizes(where, "sample_shape", sample_shape)
-    _, kl, log_q, *_ = outputs
-    event_ndim = _check_event_ndim(where, event_ndim, ndim) if kl or log_q else 0
-    return Config(*outputs, sample_shape, event_ndim, param, min_std, clamp, packed)
+    event_ndim = _check_event_ndim(where, event_ndim, ndim) if kl or density is not None else 0
+    config = Config(z, kl, sample_shape, event_ndim, param, min_std, clamp, packed)
+    return config if density is None else _with_density(where, config, density)
+
+
+def _with_density(where: str, config: Config, density: Density) -> Config:
+    if density.squash not in (None, "tanh"):
+        raise ValueError(
+            f'{where}: squash must be None or "tanh"; got {density.squash!r}. Use a transform of torch for others.'
+        )
+    if not isinstance(density.path_derivative, bool):
+        raise TypeError(
+            f"{where}: path_derivative must be True or False; got {density.path_derivative!r}. "
+            "True leaves out the gradient of log q to its own parameters."
+        )
+    return config._replace(
+        log_q=True,
+        minus_log_p=density.minus_log_p,
+        tanh=density.squash is not None,
+        path_derivative=density.path_derivative,
+    )
 
 
 _cached_config = lru_cache(maxsize=1024)(_check_config)

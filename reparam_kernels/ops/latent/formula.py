@@ -85,7 +85,7 @@ def elementwise_log_q(config: Config, inputs: Inputs) -> Tensor:
         eps, log_std = eps + (u - u.detach()) / sigma.detach(), log_std.detach()
     log_q = -(eps**2) / 2 - log_std
     if config.tanh:
-        log_q = log_q - 2 * (math.log(2) - u - softplus(-2 * u))  # the logarithm of the derivative of tanh
+        log_q = log_q - 2 * (math.log(2) - u - softplus(-2 * u, threshold=40.0))  # the logarithm of the derivative of tanh
     if not config.minus_log_p:
         return log_q - math.log(2 * math.pi) / 2
     if mu_p is None or x_p is None:

@@ -26,5 +26,6 @@ LATENT = Op(
     shapes=shapes,
     package=__package__,
     gradient_formula=gradient_formula,
+    expands=("mu_p", "x_p"),
     with_noise=with_noise,
 )
