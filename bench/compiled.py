@@ -20,6 +20,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from reparam_kernels.core import backends
+from reparam_kernels.gpu.launch import PLANS
 from reparam_kernels.ops.latent import triton as latent
 from reparam_kernels.ops.noise import triton as noise
 
@@ -77,6 +78,7 @@ def compiling(target: str) -> Iterator[list[Launch]]:
         launcher.compiler = lambda: TARGETS[target].backend
     backends.backend_name = lambda device_type: "triton"
     backends.kernels.cache_clear()
+    PLANS.clear()
     driver.set_active(Stub(target))
     try:
         yield launches
@@ -86,6 +88,7 @@ def compiling(target: str) -> Iterator[list[Launch]]:
             launcher.compiler = compiler
         backends.backend_name = before[1]
         backends.kernels.cache_clear()
+        PLANS.clear()
 
 
 class Census(NamedTuple):
