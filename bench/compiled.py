@@ -69,6 +69,7 @@ def compiling(target: str) -> Iterator[list[Launch]]:
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
         code = run(self, *args, grid=grid, warmup=True, **constants)
+        constants |= {p.name: value for p, value in zip(self.params, args, strict=False) if p.is_constexpr}
         launches.append(Launch(self.__name__, target, grid, args, constants, code))
 
     launchers = (latent, noise)

@@ -11,8 +11,8 @@ from torch import Tensor
 from ...core.dtypes import compute_dtype
 from ...gpu.gaussian import Options
 from ...gpu.launch import PLANS, Launch, compiler, signature
-from ...gpu.plan import LaunchSpec, plan_launch, views_of
-from ...gpu.tiles import Strides
+from ...gpu.plan import LaunchSpec, Plan, plan_launch, views_of
+from ...gpu.tiles import Strides, Tiling
 from . import triton_kernels as kernels
 from .arguments import PARAMS, Arguments, Config, empty_prior_gradient, expanded_prior, unpacked
 
@@ -55,27 +55,26 @@ class Planned(NamedTuple):
     """What a call launches, and what it has to do before."""
 
     launch: Launch
-    copied: tuple[bool, ...] | None  # the operands that have to be made contiguous first; None: none
+    copied: tuple[bool, ...]  # the operands that have to be made contiguous first
     parts: int  # of the KL sums, which `sums` adds up; 0: the kernel writes the KL itself
     sums: Launch | None
 
 
-def plan(
-    kernel: Any,
+def make_spec(
+    kernel: str,
     arguments: Arguments,
     mu: Tensor,
     operands: Sequence[Tensor | None],
     other_tensors: Sequence[Tensor | None],
     kl: Tensor | None,
     needs_noise: bool,
-    sample_stride: int | None = None,
-) -> Planned:
-    """Plan a launch of one of the two kernels. kl: KL or its gradient. sample_stride: of dz, for the backward kernel."""
-    config, device = arguments.config, mu.device
+    sample_stride: int = 0,
+) -> LaunchSpec:
+    """Describe a launch of the forward or the backward kernel. kl: the KL or its gradient."""
+    config = arguments.config
     sums_kl = kl is not None and config.event_ndim > 0
-    prior = arguments.mu_p, arguments.x_p
-    spec = LaunchSpec(
-        kernel="forward" if sample_stride is None else "backward",
+    return LaunchSpec(
+        kernel=kernel,
         compiler=compiler(),
         dtype=mu.dtype,
         shape=tuple(mu.shape),
@@ -87,29 +86,48 @@ def plan(
         has_prior=arguments.mu_p is not None,
         operands=views_of(operands),
         other_tensors=views_of([*other_tensors, None if sums_kl else kl]),
-        sample_stride=sample_stride or 0,
+        sample_stride=sample_stride,
     )
+
+
+def compile_time(arguments: Arguments, spec: LaunchSpec, planned: Plan) -> tuple[OperandStrides, Options, Tiling]:
+    """Return the last arguments of both kernels, which Triton compiles in."""
+    scalar_prior = all(p is not None and p.numel() == 1 for p in (arguments.mu_p, arguments.x_p))
+    options = make_options(arguments.config, spec.dtype, scalar_prior, spec.kl_ndim is None)
+    return OperandStrides(*planned.layout.strides), options, planned.tiling
+
+
+def plan_forward(arguments: Arguments, mu: Tensor, x: Tensor, z: Tensor | None, kl: Tensor | None) -> Planned:
+    operands = [mu, x, *expanded_prior(arguments, mu.shape)]
+    needs_noise = z is not None and z.numel() > 0
+    spec = make_spec("forward", arguments, mu, operands, [arguments.eps, z], kl, needs_noise)
     planned = plan_launch(spec)
-    layout = planned.layout
-    scalar_prior = all(p is not None and p.numel() == 1 for p in prior)
-    options = make_options(config, mu.dtype, scalar_prior, not sums_kl)
-    if sample_stride and layout.copied[4]:
-        sample_stride = mu.numel()  # of the copy of dz
-    strides = () if sample_stride is None else (sample_stride,)
-    launch = Launch(
-        kernel,
-        device,
-        planned.grid,
-        (*strides, *planned.numbers(), OperandStrides(*layout.strides), options, planned.tiling),
-        planned.compile_options(),
-    )
+    fixed = (*planned.numbers(), *compile_time(arguments, spec, planned))
+    launch = Launch(kernels.forward_kernel, mu.device, planned.grid, fixed, planned.compile_options())
     parts, sums = planned.rows * planned.chunks, None
-    if sample_stride is not None or kl is None or not sums_kl or layout.row_len or parts == kl.numel():
+    if kl is None or spec.kl_ndim is None or planned.layout.row_len or parts == kl.numel():
         parts = 0
     else:
-        block = {"num_warps": 4, "enable_fp_fusion": False}
-        sums = Launch(kernels.row_sum_kernel, device, (kl.numel(),), (parts // kl.numel(), SUM_BLOCK), block)
-    return Planned(launch, layout.copied if any(layout.copied) else None, parts, sums)
+        options = {"num_warps": 4, "enable_fp_fusion": False}
+        sums = Launch(kernels.row_sum_kernel, mu.device, (kl.numel(),), (parts // kl.numel(), SUM_BLOCK), options)
+    return Planned(launch, planned.layout.copied, parts, sums)
+
+
+def plan_backward(
+    arguments: Arguments, mu: Tensor, x: Tensor, dz: Tensor | None, dkl: Tensor | None, grads: tuple[Tensor | None, ...]
+) -> Planned:
+    dmu, dx, dmu_p, dx_p = grads
+    first_dz, sample_stride = dz, 0
+    if dz is not None and arguments.config.sample_shape:
+        first_dz, sample_stride = dz[0], dz.stride(0)
+    operands = [mu, x, *expanded_prior(arguments, mu.shape), first_dz, dx if dmu is None else dmu]
+    others = [arguments.eps, dx, dmu_p, dx_p]
+    spec = make_spec("backward", arguments, mu, operands, others, dkl, dz is not None, sample_stride)
+    planned = plan_launch(spec)
+    stride = mu.numel() if planned.layout.copied[4] else sample_stride  # a copy of dz is contiguous
+    fixed = (stride, *planned.numbers(), *compile_time(arguments, spec, planned))
+    launch = Launch(kernels.backward_kernel, mu.device, planned.grid, fixed, planned.compile_options())
+    return Planned(launch, planned.layout.copied, 0, None)
 
 
 def contiguous(operands: Sequence[Tensor | None], copied: tuple[bool, ...]) -> list[Tensor | None]:
@@ -135,12 +153,8 @@ def launch_forward(arguments: Arguments, mu: Tensor, x: Tensor, z: Tensor | None
     eps = None if eps is None else eps.contiguous()
     tensors = mu, x, mu_p, x_p, seed, eps, z, kl
     key = "forward", config, mu.device, *map(signature, tensors)
-    planned = PLANS.get(key)
-    if planned is None:
-        operands = mu, x, *expanded_prior(arguments, mu.shape)
-        needs_noise = z is not None and z.numel() > 0
-        planned = PLANS.add(key, plan(kernels.forward_kernel, arguments, mu, operands, [eps, z], kl, needs_noise))
-    if planned.copied is not None:
+    planned = PLANS.get(key) or PLANS.add(key, plan_forward(arguments, mu, x, z, kl))
+    if True in planned.copied:
         mu, x, mu_p, x_p = contiguous([mu, x, *expanded_prior(arguments, mu.shape)], planned.copied)
     if planned.parts and kl is not None:
         parts = kl.new_empty(planned.parts)
@@ -183,15 +197,8 @@ def launch_backward(
         dz = dz.reshape(samples, *mu.shape) if samples else None
     tensors = mu, x, mu_p, x_p, seed, eps, dz, dkl, dmu, dx, dmu_p, dx_p
     key = "backward", config, mu.device, *map(signature, tensors)
-    planned = PLANS.get(key)
-    if planned is None:
-        first_dz = dz[0] if dz is not None and config.sample_shape else dz
-        operands = mu, x, *expanded_prior(arguments, mu.shape), first_dz, dx if dmu is None else dmu
-        others, needs_noise = [eps, dx, dmu_p, dx_p], dz is not None
-        stride = dz.stride(0) if dz is not None and config.sample_shape else 0
-        planned = plan(kernels.backward_kernel, arguments, mu, operands, others, dkl, needs_noise, stride)
-        PLANS.add(key, planned)
-    if planned.copied is not None:
-        given = [mu, x, *expanded_prior(arguments, mu.shape), dz, None]  # the gradients are never copied
+    planned = PLANS.get(key) or PLANS.add(key, plan_backward(arguments, mu, x, dz, dkl, grads))
+    if True in planned.copied:
+        given = [mu, x, *expanded_prior(arguments, mu.shape), dz, None]
         mu, x, mu_p, x_p, dz, _ = contiguous(given, planned.copied)
     planned.launch(mu, x, mu_p, x_p, seed, eps, dz, dkl, dmu, dx, dmu_p, dx_p)
