@@ -51,7 +51,12 @@ def build_stub(folder: Path) -> ctypes.CDLL:
 def stub_driver() -> Iterator[Any]:
     """Launch the package's kernels on CPU tensors through the stub. Gives the stub; `driver.active` has its device."""
     assert not triton.knobs.runtime.interpret, "TRITON_INTERPRET is set: the interpreter does not launch"
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(backends, "backend_name", lambda device_type: "triton"),
+        mock.patch.object(latent, "compiler", lambda: "cuda"),
+        mock.patch.object(noise, "compiler", lambda: "cuda"),
+    ):
         stub = build_stub(Path(folder))
         triton.knobs.nvidia.libcuda_path = folder
         from triton.backends.nvidia.driver import CudaDriver
@@ -60,13 +65,8 @@ def stub_driver() -> Iterator[Any]:
         active.get_current_target = lambda: GPUTarget("cuda", 90, 32)
         active.get_current_device, active.get_current_stream = lambda: 0, lambda device: 0
         driver.set_active(active)
-    backends.kernels.cache_clear()
-    PLANS.clear()
-    with (
-        mock.patch.object(backends, "backend_name", lambda device_type: "triton"),
-        mock.patch.object(latent, "compiler", lambda: "cuda"),
-        mock.patch.object(noise, "compiler", lambda: "cuda"),
-    ):
+        backends.kernels.cache_clear()
+        PLANS.clear()
         yield stub
     backends.kernels.cache_clear()
     PLANS.clear()

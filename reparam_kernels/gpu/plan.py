@@ -295,6 +295,7 @@ def make_tiling(spec: LaunchSpec, layout: Layout, block_elements: int) -> tuple[
         COUNTER_32BIT=numel // spec.seeds * spec.samples + 4 * block < 2**34,
         NOISE=noise,
         PER_ITEM_SEED=spec.seeds > 1,
+        ONE_KL=not spec.kl_ndim,
         INLINE_PTX=spec.compiler == "cuda",
         HAS_OUTER_STRIDE=layout.rows_per_outer is not None,
         ROW_LEN=layout.row_len,
@@ -330,9 +331,9 @@ def plan_launch(spec: LaunchSpec) -> Plan:
     grid = (GRID_2D_WIDTH, cdiv(programs, GRID_2D_WIDTH)) if grid_2d else (programs,)
     counts = Counts(
         samples=spec.samples,
-        rows_per_seed=layout.rows // spec.seeds if spec.seeds > 1 else None,
-        rows_per_kl=math.prod(spec.shape[spec.kl_ndim : layout.depth]) if spec.kl_ndim else None,
-        rows_per_outer=layout.rows_per_outer,
+        rows_per_seed=layout.rows // spec.seeds if spec.seeds > 1 else 1,
+        rows_per_kl=math.prod(spec.shape[spec.kl_ndim : layout.depth]) if spec.kl_ndim else 1,
+        rows_per_outer=layout.rows_per_outer or 1,
     )
     num_warps = max(tiling.ROWS * tiling.BLOCK * config.num_warps // block_elements, 1)
     limit = register_limit(spec, tiling, config)

@@ -31,12 +31,12 @@ class Strides(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Sizes of a launch that Triton specialises, since they do not grow with the batch."""
+    """Sizes of a launch that Triton specialises, since they do not grow with the batch. One that is not needed is 1."""
 
     samples: Any
-    rows_per_seed: Any  # None: one seed for all rows
-    rows_per_kl: Any  # None: one KL for all rows, or none at all
-    rows_per_outer: Any  # None: no operand needs it
+    rows_per_seed: Any
+    rows_per_kl: Any
+    rows_per_outer: Any
 
 
 class Shape(NamedTuple):
@@ -64,6 +64,7 @@ class Tiling(NamedTuple):
     COUNTER_32BIT: bool  # each seed has fewer than 2^34 elements
     NOISE: int
     PER_ITEM_SEED: bool
+    ONE_KL: bool  # no more than one KL for all rows
     INLINE_PTX: bool  # the compiler takes PTX
     HAS_OUTER_STRIDE: bool  # some operand needs rows_per_outer
     ROW_LEN: int  # 0: rows are not packed

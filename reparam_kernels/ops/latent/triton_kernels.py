@@ -136,9 +136,9 @@ def backward_kernel(
             first = dkl_ptr + tile.first_row * TILING.PACKED_ROWS
             dkl = broadcast_packed_rows(first, elements_left(tile, shape), TILING)
         else:
-            kl_row = tile.first_row * 0 + tile.row * 0
-            if shape.rows_per_kl is not None:
-                kl_row, _ = divmod_rows(tile.first_row + tile.row, shape.rows_per_kl, TILING)
+            kl_row, _ = divmod_rows(tile.first_row + tile.row, shape.rows_per_kl, TILING)
+            if TILING.ONE_KL:
+                kl_row = kl_row * 0
             dkl = tl.load(dkl_ptr + kl_row, mask=tile.row_mask)
         if dmu_p_ptr is not None:
             store(contiguous_pointers(dmu_p_ptr, tile, shape, TILING), -(dkl * e.dkl_mu), tile.mask)
