@@ -20,6 +20,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from reparam_kernels.core import backends
+from reparam_kernels.gpu.launch import PLANS
 from reparam_kernels.ops.latent import triton as latent
 from reparam_kernels.ops.noise import triton as noise
 
@@ -68,6 +69,7 @@ def compiling(target: str) -> Iterator[list[Launch]]:
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
         code = run(self, *args, grid=grid, warmup=True, **constants)
+        constants |= {p.name: value for p, value in zip(self.params, args, strict=False) if p.is_constexpr}
         launches.append(Launch(self.__name__, target, grid, args, constants, code))
 
     launchers = (latent, noise)
@@ -77,6 +79,7 @@ def compiling(target: str) -> Iterator[list[Launch]]:
         launcher.compiler = lambda: TARGETS[target].backend
     backends.backend_name = lambda device_type: "triton"
     backends.kernels.cache_clear()
+    PLANS.clear()
     driver.set_active(Stub(target))
     try:
         yield launches
@@ -86,6 +89,7 @@ def compiling(target: str) -> Iterator[list[Launch]]:
             launcher.compiler = compiler
         backends.backend_name = before[1]
         backends.kernels.cache_clear()
+        PLANS.clear()
 
 
 class Census(NamedTuple):

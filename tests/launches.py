@@ -2,7 +2,7 @@
 
     with recording() as launches:
         rk.reparameterize_kl(mu, logvar)
-    launches[0].arguments["shape"].cols, launches[0].constants["VEC"]
+    launches[0].arguments["cols"], launches[0].constants["VEC"]
 
 Tensors may be meta tensors, which have shapes and strides and no storage, so 2^45 elements cost nothing.
 """
@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import triton.language as tl
 
 from reparam_kernels.core import backends
+from reparam_kernels.gpu import launch as launcher
 from reparam_kernels.gpu import plan as planner
 from reparam_kernels.ops.latent import triton as latent
 from reparam_kernels.ops.noise import triton as noise
@@ -90,10 +92,11 @@ def planned(grid_limit: int | None = None, grid_2d_width: int | None = None, **t
     """Plan launches with other grid limits. tiling: fields of the plan's Tiling to override."""
     before = planner.GRID_LIMIT, planner.GRID_2D_WIDTH
 
-    def plan_launch(key: planner.LaunchKey) -> planner.Plan:
-        plan = planner.plan_launch.__wrapped__(key)  # not a plan cached with another limit
+    def plan_launch(spec: planner.LaunchSpec) -> planner.Plan:
+        plan = planner.plan_launch(spec)
         return plan._replace(tiling=plan.tiling._replace(**tiling))
 
+    launcher.PLANS.clear()
     planner.GRID_LIMIT = before[0] if grid_limit is None else grid_limit
     planner.GRID_2D_WIDTH = before[1] if grid_2d_width is None else grid_2d_width
     try:
@@ -101,6 +104,7 @@ def planned(grid_limit: int | None = None, grid_2d_width: int | None = None, **t
             yield
     finally:
         planner.GRID_LIMIT, planner.GRID_2D_WIDTH = before
+        launcher.PLANS.clear()
 
 
 @contextmanager
@@ -113,9 +117,13 @@ def recording(
     """
     launches: list[Launch] = []
 
-    def record(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **compile_time: Any) -> None:
-        names = inspect.signature(kernel.fn).parameters
-        launches.append(Launch(kernel, grid, dict(zip(names, arguments, strict=False)), compile_time))
+    def record(launch: launcher.Launch, *tensors: Any) -> None:
+        parameters = inspect.signature(launch.kernel.fn).parameters
+        given = dict(zip(parameters, (*tensors, *launch.arguments), strict=True))
+        constant = {name for name, parameter in parameters.items() if parameter.annotation is tl.constexpr}
+        arguments = {name: value for name, value in given.items() if name not in constant}
+        compile_time = {name: given[name] for name in parameters if name in constant} | launch.options
+        launches.append(Launch(launch.kernel, launch.grid, arguments, compile_time))
         if execute is not None:
             execute(launches[-1])
 
@@ -123,7 +131,8 @@ def recording(
     try:
         with (
             mock.patch.object(backends, "backend_name", return_value="triton"),
-            replaced(launch=record, compiler=lambda: compiler),
+            mock.patch.object(launcher.Launch, "__call__", record),
+            replaced(compiler=lambda: compiler),
             planned(**plan),
         ):
             yield launches

@@ -1,4 +1,8 @@
-"""Launches a Triton kernel under the device of its tensors."""
+"""Launches Triton kernels under the device of their tensors, and keeps the launches that calls have planned.
+
+Triton finds the compiled kernel of a launch by specialising its arguments, which takes ten times as long as the launch.
+A Launch does so once. Later it passes the arguments straight to the compiled kernel, as Triton would.
+"""
 
 import contextlib
 from typing import Any
@@ -6,9 +10,11 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
-from .plan import Strides
-from .tiles import Operand
+# The versions of triton whose compiled kernels are called directly. With another, Triton launches each time.
+KNOWN = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
 
 
 def compiler() -> str:
@@ -23,13 +29,71 @@ def device_guard(device: torch.device) -> Any:
     return torch.get_device_module(device).device(device) if device.type != "cpu" else contextlib.nullcontext()
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel. Every launch of the package goes through here."""
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any) -> Any:
+    """Launch a kernel by Triton, which returns what it has compiled, or None from the interpreter."""
     with device_guard(device):
-        kernel[grid](*arguments, **constants)
+        return kernel[grid](*arguments, **constants)
 
 
-def operand(t: Tensor | None, strides: Strides | None) -> Operand | None:
-    if t is None or strides is None:
-        return None
-    return Operand(t.contiguous() if strides.copied else t, strides.outer, strides.row, strides.col)
+def is_hooked(kernel: Any) -> bool:
+    """Return True if somebody, such as a profiler, has asked Triton to be called at each launch."""
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or kernel.pre_run_hooks)
+
+
+class Launch:
+    """A launch without its tensors, which are the kernel's first arguments.
+
+    The tensors of each call must be those of the first in all that Triton specialises: dtype, None, and whether the
+    address is a multiple of 16.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        device: torch.device,
+        grid: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        options: dict[str, Any],
+    ) -> None:
+        self.kernel, self.device, self.grid, self.arguments, self.options = kernel, device, grid, arguments, options
+        self._index = device.index or 0
+        self._run: Any = None  # of the compiled kernel, with its first arguments
+        self._fixed: tuple[Any, ...] = ()
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        if self._run is None or is_hooked(self.kernel):
+            compiled = launch(self.kernel, self.grid, self.device, *tensors, *self.arguments, **self.options)
+            if KNOWN and isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend in ("cuda", "hip"):
+                self._fixed = compiled.function, compiled.packed_metadata, None, None, None  # the last three are hooks'
+                self._run = compiled.run
+        elif driver.active.get_current_device() == self._index:
+            self._launch(tensors)
+        else:
+            with device_guard(self.device):
+                self._launch(tensors)
+
+    def _launch(self, tensors: tuple[Tensor | None, ...]) -> None:
+        stream = driver.active.get_current_stream(self._index)
+        self._run(*(*self.grid, 1, 1)[:3], stream, *self._fixed, *tensors, *self.arguments)
+
+
+def signature(t: Tensor | None) -> Any:
+    """Return all of a tensor that a launch depends on."""
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16)
+
+
+class Plans(dict[Any, Any]):
+    """What has been planned, by all that it depends on."""
+
+    LIMIT = 1024
+
+    def add(self, key: Any, plan: Any) -> Any:
+        """Keep a plan. If there are too many, the others go."""
+        if len(self) >= self.LIMIT:
+            self.clear()
+        self[key] = plan
+        return plan
+
+
+PLANS = Plans()

@@ -1,19 +1,20 @@
 """Plans a launch on the host: coalesces strides, packs short rows, chooses tiles, proves what a kernel may assume.
 
-A LaunchKey describes a launch without its pointers and seeds. plan_launch makes a Plan from nothing but the key, so
-plans are cached by their keys. run_time_numbers gives the grid and the sizes of a launch.
+A LaunchSpec describes a launch without its pointers and seeds, and plan_launch makes a Plan from it. The compile-time
+half of a plan, which is its Tiling and the sizes that Triton specialises, follows from how the tensors are laid out and
+from the width of a row, not from the number of rows. So one compiled kernel serves every batch of a width. The rest
+are numbers that the kernel takes at run time.
 """
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import tiles
-from .tiles import Shape, Tiling
+from .tiles import Counts, Strides, Tiling
 
 GRID_LIMIT = 2**31 - 1  # programs along x; y and z hold only 65535
 GRID_2D_WIDTH = 2**30  # programs along x of a grid that has more
@@ -50,16 +51,16 @@ def views_of(tensors: Sequence[Tensor | None]) -> tuple[View | None, ...]:
     return tuple(None if t is None else view_of(t) for t in tensors)
 
 
-class LaunchKey(NamedTuple):
+class LaunchSpec(NamedTuple):
     """Everything that a plan depends on."""
 
     kernel: str  # "randn", "forward" or "backward"
     compiler: str  # "cuda", "hip" or "other"; "" if the kernels are interpreted
     dtype: torch.dtype
-    numel: int
+    shape: tuple[int, ...]  # of mu
     samples: int
-    seeds: int
-    kl_numel: int | None  # the number of KL sums; None: no KL, or an elementwise one
+    seeds: int  # 1, or one for each item
+    kl_ndim: int | None  # how many dims of mu the KL sums keep; None: no KL, or an elementwise one
     noise_source: str  # "none", "tensor" or "seed"
     param: str
     has_prior: bool
@@ -68,36 +69,41 @@ class LaunchKey(NamedTuple):
     sample_stride: int  # between the samples of dz
 
 
-class Strides(NamedTuple):
-    """The strides of a tiles.Operand. copied: the tensor has to be made contiguous first."""
-
-    outer: int
-    row: int
-    col: int
-    copied: bool = False
-
-
 class Layout(NamedTuple):
-    """The rows of a launch. Each lies in one run of every operand and has one seed, and one KL unless it is packed."""
+    """The rows of a launch. Each lies in one run of every operand and has one seed, and one KL unless it is packed.
 
-    numel: int
+    The first `depth` dims of mu number the rows, the others make a row. If depth is 0, everything is one row.
+    """
+
+    depth: int
     rows: int
     cols: int
-    rows_per_outer: int
+    width: int  # divides cols, whatever the batch and, in three dims, the length in the middle
+    rows_per_outer: int | None  # None: no operand needs it
     strides: tuple[Strides | None, ...]  # of each operand
+    copied: tuple[bool, ...]  # the operands that have to be made contiguous first
     row_len: int = 0  # 0: rows are not packed
     packed_rows: int = 0
     packed_strided: bool = False
 
 
 class Plan(NamedTuple):
-    """The compile-time half of a launch."""
+    """A launch without its tensors."""
 
     layout: Layout
     tiling: Tiling
+    counts: Counts
+    grid: tuple[int, ...]
+    rows: int
+    cols: int
+    total: int  # elements of mu
     chunks: int  # programs to a row
     num_warps: int
     max_registers: int | None
+
+    def numbers(self) -> tuple[Any, ...]:
+        """Return the arguments of every kernel that follow its tensors."""
+        return self.rows, self.cols, self.total, self.chunks, self.counts
 
     def compile_options(self) -> dict[str, Any]:
         options = {"num_warps": self.num_warps, "enable_fp_fusion": False}  # contraction would change the bits
@@ -114,101 +120,127 @@ def next_power_of_2(n: int) -> int:
 
 
 class Run(NamedTuple):
-    """A tensor in row-major order: runs of `size` elements col_stride apart, one run every `stride`."""
+    """A tensor in row-major order: the dims from `depth` on are runs `stride` apart, of elements col_stride apart."""
 
-    size: int
+    depth: int  # 0: the tensor is one run
     stride: int
     col_stride: int
     copied: bool = False
 
 
 def coalesce(view: View) -> Run:
-    """Return the runs of a tensor. A tensor with more than two levels of stride has to be copied."""
-    levels: list[tuple[int, int]] = []
-    for size, stride in zip(view.shape, view.stride, strict=True):
-        if size == 1:
-            continue
-        if levels and levels[-1][1] == size * stride:
-            levels[-1] = (levels[-1][0] * size, stride)
-        else:
-            levels.append((size, stride))
-    numel = math.prod(view.shape)
-    if len(levels) > 2:
-        return Run(numel, 0, 1, copied=True)
-    if len(levels) == 2:
-        return Run(levels[1][0], levels[0][1], levels[1][1])
-    return Run(numel, 0, levels[0][1] if levels else 0)
+    """Return the runs of a tensor. A tensor with more than two levels of stride has to be copied.
+
+    A dim of size 1 counts like any other if that leaves two levels, so that a batch of one has the runs of a larger one.
+    """
+    for skip_ones in (False, True):
+        levels: list[tuple[int, int]] = []  # stride, and the first dim
+        for dim, (size, stride) in enumerate(zip(view.shape, view.stride, strict=True)):
+            if size == 1 and (skip_ones or dim == len(view.shape) - 1):
+                continue
+            if levels and levels[-1][0] == size * stride:
+                levels[-1] = (stride, levels[-1][1])
+            else:
+                levels.append((stride, dim))
+        if len(levels) == 2:
+            return Run(levels[1][1], levels[0][0], levels[1][0])
+        if len(levels) < 2:
+            return Run(0, 0, levels[0][0] if levels else 1)
+    return Run(0, 0, 1, copied=True)
 
 
-def strides_of(run: Run, numel: int, cols: int, rows_per_outer: int) -> Strides:
-    row = cols * run.col_stride
-    if run.size == numel:
-        return Strides(rows_per_outer * row, row, run.col_stride, run.copied)
-    if run.size == cols:
-        return Strides(rows_per_outer * run.stride, run.stride, run.col_stride)
-    if run.size == rows_per_outer * cols:
-        return Strides(run.stride, row, run.col_stride)
-    return Strides(rows_per_outer * cols, cols, 1, copied=True)
-
-
-def make_layout(key: LaunchKey) -> Layout:
+def make_layout(spec: LaunchSpec) -> Layout:
     """Make rows as long as the operands' runs, the seeds and the KL sums allow."""
-    numel = key.numel
-    runs = [None if view is None else coalesce(view) for view in key.operands]
-    sizes = [run.size for run in runs if run is not None and run.size != numel]
-    # every length here is a product of trailing dims, so the shortest divides the others
-    cols = min([numel, numel // key.seeds, *sizes, *([] if key.kl_numel is None else [numel // key.kl_numel])])
-    longer = [size for size in sizes if size != cols]
-    rows_per_outer = max(longer) // cols if longer else 1
-    strides = tuple(None if run is None else strides_of(run, numel, cols, rows_per_outer) for run in runs)
-    return Layout(numel, numel // cols, cols, rows_per_outer, strides)
+    shape = spec.shape
+    runs = [None if view is None else coalesce(view) for view in spec.operands]
+    depth = max(spec.kl_ndim or 0, int(spec.seeds > 1), *(run.depth for run in runs if run is not None), 0)
+    # the last operand with another depth decides: that of the gradients, which cannot be copied
+    outer_depth = next((run.depth for run in reversed(runs) if run and run.depth not in (0, depth)), None)
+    rows, cols = math.prod(shape[:depth]), math.prod(shape[depth:])
+    rows_per_outer = None if outer_depth is None else math.prod(shape[outer_depth:depth])
+    strides: list[Strides | None] = []
+    copied = []
+    for run in runs:
+        copied.append(run is not None and (run.copied or run.depth not in (0, depth, outer_depth)))
+        if run is None:
+            strides.append(None)
+            continue
+        _, stride, col, _ = Run(0, 0, 1) if copied[-1] else run
+        if copied[-1] or run.depth == 0:
+            row = None if depth == 0 or col == 1 else cols * col
+            outer = (rows_per_outer or 1) * cols * col
+        elif run.depth == depth:
+            row, outer = stride, (rows_per_outer or 1) * stride
+        else:
+            row, outer = None if col == 1 else cols * col, stride
+        strides.append(Strides(None if rows_per_outer is None else outer, row, col))
+    if depth == 0 and len(shape) < 2:
+        width = cols
+    else:
+        width = math.gcd(cols, shape[-1] if len(shape) == 3 else math.prod(shape[1:]))
+    return Layout(depth, rows, cols, width, rows_per_outer, tuple(strides), tuple(copied))
+
+
+def has_lengths(spec: LaunchSpec, layout: Layout) -> bool:
+    """Return True if a row spans the last two of three dims, the first of which may be a length that varies."""
+    return len(spec.shape) == 3 and layout.depth == 1
 
 
 def pack_short_rows(layout: Layout, block_elements: int) -> Layout:
     """Pack short rows, each with its own KL, into rows that fill a tile."""
     for multiple in (16, 8, 4):  # of elements, so that vectors and groups of four stay whole
         unit = multiple // math.gcd(multiple, layout.cols)
-        count = min(block_elements // layout.cols // unit * unit, layout.rows)
+        count = block_elements // layout.cols // unit * unit
         if count > 1:
             break
     else:
         return layout
-    strides = tuple(None if s is None else Strides(s.row, s.row * count, s.col, s.copied) for s in layout.strides)
+
+    def packed(s: Strides) -> Strides:
+        pitch = layout.cols * s.col if s.row is None else s.row
+        return Strides(pitch, pitch * count, s.col)
+
+    strides = [None if s is None else packed(s) for s in layout.strides]
+    strided = any(s is not None and s.outer != layout.cols * s.col for s in strides)
+    if not strided:
+        strides = [None if s is None else s._replace(outer=None) for s in strides]
     return layout._replace(
         rows=cdiv(layout.rows, count),
         cols=layout.cols * count,
-        strides=strides,
+        strides=tuple(strides),
         row_len=layout.cols,
         packed_rows=count,
-        packed_strided=any(s is not None and s.outer != layout.cols * s.col for s in strides),
+        packed_strided=strided,
     )
 
 
-def noise_mode(key: LaunchKey, layout: Layout) -> int:
-    if key.noise_source == "none":
+def noise_mode(spec: LaunchSpec, layout: Layout) -> int:
+    if spec.noise_source == "none":
         return int(tiles.NOISE_NONE.value)
-    if key.noise_source == "tensor":
+    if spec.noise_source == "tensor":
         return int(tiles.NOISE_FROM_TENSOR.value)
-    rows_aligned = layout.rows == key.seeds or layout.cols % 4 == 0
-    samples_aligned = key.samples == 1 or key.numel // key.seeds % 4 == 0
+    one_row_a_seed = layout.depth == int(spec.seeds > 1)
+    rows_aligned = one_row_a_seed or (layout.cols if layout.row_len else layout.width) % 4 == 0
+    samples_aligned = spec.samples == 1 or math.prod(spec.shape) // spec.seeds % 4 == 0
     if not samples_aligned:
         return int(tiles.NOISE_PER_ELEMENT.value)
     return int((tiles.NOISE_ALIGNED if rows_aligned else tiles.NOISE_UNALIGNED).value)
 
 
-def vector_size(key: LaunchKey, layout: Layout) -> int:
-    """Return the widest vector, up to 16 bytes, at multiples of which every row of every tensor starts and ends."""
-    sizes = [layout.cols, layout.numel, key.sample_stride]
-    if layout.packed_strided:
-        sizes.append(layout.row_len)
-    tensors = [view for view in key.other_tensors if view is not None]
-    for view, strides in zip(key.operands, layout.strides, strict=True):
+def vector_size(spec: LaunchSpec, layout: Layout) -> int:
+    """Return the widest vector, up to 16 bytes, at multiples of which every row of every tensor starts and ends.
+
+    A row is known to end at a multiple of its width, and so not by the number of rows.
+    """
+    sizes = [layout.width]
+    if spec.samples > 1:
+        sizes.append(spec.sample_stride)
+    tensors = [view for view in spec.other_tensors if view is not None]
+    for view, strides, copied in zip(spec.operands, layout.strides, layout.copied, strict=True):
         if view is not None and strides is not None:
-            tensors.append(view._replace(alignment=16) if strides.copied else view)
-            sizes.append(strides.row)
-            if layout.packed_strided or layout.rows_per_outer > 1:
-                sizes.append(strides.outer)
-    vec = 16 // key.dtype.itemsize
+            tensors.append(view._replace(alignment=16) if copied else view)
+            sizes += [stride for stride in (strides.outer, strides.row) if stride is not None]
+    vec = 16 // spec.dtype.itemsize
     while vec > 1 and not (
         all(size % vec == 0 for size in sizes)
         and all(view.alignment % min(vec * view.itemsize, 16) == 0 for view in tensors)
@@ -217,39 +249,55 @@ def vector_size(key: LaunchKey, layout: Layout) -> int:
     return vec
 
 
-def make_tiling(key: LaunchKey, layout: Layout, block_elements: int) -> tuple[Tiling, int]:
-    """Return the tiling and the number of chunks to a row."""
-    noise = noise_mode(key, layout)
-    unaligned = noise == tiles.NOISE_UNALIGNED.value
-    positions = layout.cols + 3 * unaligned
+def block_of(spec: LaunchSpec, layout: Layout, positions: int, block_elements: int) -> int:
+    """Return how many columns a tile has."""
+    if layout.depth == 0:
+        return block_elements
     block = max(next_power_of_2(positions), 4)
+    if has_lengths(spec, layout):  # few blocks, since each is compiled
+        return min(b for b in (32, 128, 512, block_elements) if b >= min(block, block_elements))
     if block > block_elements:  # the widest of the blocks that waste the fewest positions
         choices = (block_elements, block_elements // 2, block_elements // 4)
         block = min(choices, key=lambda b: cdiv(positions, b) * b)
-    rows, chunks = max(min(block_elements // block, next_power_of_2(layout.rows)), 1), cdiv(positions, block)
+    return block
+
+
+def make_tiling(spec: LaunchSpec, layout: Layout, block_elements: int) -> tuple[Tiling, int]:
+    """Return the tiling and the number of chunks to a row."""
+    noise = noise_mode(spec, layout)
+    unaligned = noise == tiles.NOISE_UNALIGNED.value
+    positions = layout.cols + 3 * unaligned
+    block = block_of(spec, layout, positions, block_elements)
+    rows, chunks = block_elements // block, cdiv(positions, block)
     blocks = cdiv(layout.rows, rows)
-    grid_2d = blocks * chunks > GRID_LIMIT
-    if grid_2d:
+    if blocks * chunks > GRID_LIMIT:
         grid = tiles.GRID_2D
-    elif chunks == 1:
+    elif layout.depth == 0:
+        grid = tiles.GRID_CHUNKS
+    elif layout.row_len or (chunks == 1 and (rows > 1 or not has_lengths(spec, layout))):
         grid = tiles.GRID_ROWS
     else:
-        grid = tiles.GRID_CHUNKS if layout.rows == 1 else tiles.GRID_BOTH
-    whole = layout.rows * layout.cols == layout.numel and blocks * rows == layout.rows and chunks * block == layout.cols
-    given = [s for s in layout.strides if s is not None]
-    reach = [abs(s.row) * rows + abs(s.col) * block + abs(s.outer) * max(layout.packed_rows, 1) for s in given]
+        grid = tiles.GRID_BOTH
+    fixed = layout.depth > 0 and not layout.row_len and not has_lengths(spec, layout)
+    reach = [0]
+    for s in layout.strides:
+        if s is not None:
+            row = layout.cols * s.col if s.row is None else s.row
+            reach.append(abs(row) * rows + abs(s.col) * block + abs(s.outer or 0) * max(layout.packed_rows, 1))
+    numel = math.prod(spec.shape)
     tiling = Tiling(
         ROWS=rows,
         BLOCK=block,
         GRID=int(grid.value),
-        VEC=1 if unaligned else vector_size(key, layout),
-        EVEN=whole and not unaligned and not grid_2d,
+        VEC=1 if unaligned else vector_size(spec, layout),
+        EVEN=fixed and chunks * block == layout.cols and not unaligned,
         OFFSET_32BIT=max(*reach, layout.rows + rows, (rows - 1) * layout.cols) < 2**31,
-        COUNTER_32BIT=key.numel // key.seeds * key.samples + 4 * block < 2**34,
+        COUNTER_32BIT=numel // spec.seeds * spec.samples + 4 * block < 2**34,
         NOISE=noise,
-        PER_ITEM_SEED=key.seeds > 1,
-        INLINE_PTX=key.compiler == "cuda",
-        HAS_OUTER_STRIDE=layout.rows_per_outer > 1,
+        PER_ITEM_SEED=spec.seeds > 1,
+        ONE_KL=not spec.kl_ndim,
+        INLINE_PTX=spec.compiler == "cuda",
+        HAS_OUTER_STRIDE=layout.rows_per_outer is not None,
         ROW_LEN=layout.row_len,
         PACKED_ROWS=layout.packed_rows,
         PACKED_STRIDED=layout.packed_strided,
@@ -257,45 +305,36 @@ def make_tiling(key: LaunchKey, layout: Layout, block_elements: int) -> tuple[Ti
     return tiling, chunks
 
 
-def register_limit(key: LaunchKey, tiling: Tiling, config: TileConfig) -> int | None:
+def register_limit(spec: LaunchSpec, tiling: Tiling, config: TileConfig) -> int | None:
     """Limit the registers of the plain forward kernel in half precision, which would else lower its occupancy."""
-    plain = key.kernel == "forward" and key.noise_source != "none" and not key.has_prior
-    plain = plain and key.param in ("logvar", "logstd") and not tiling.PER_ITEM_SEED
-    limited = plain and key.dtype.itemsize == 2 and tiling.VEC == 8 and key.compiler == "cuda"
+    plain = spec.kernel == "forward" and spec.noise_source != "none" and not spec.has_prior
+    plain = plain and spec.param in ("logvar", "logstd") and not tiling.PER_ITEM_SEED
+    limited = plain and spec.dtype.itemsize == 2 and tiling.VEC == 8 and spec.compiler == "cuda"
     return config.max_registers if limited else None
 
 
-@lru_cache(maxsize=1024)
-def plan_launch(key: LaunchKey) -> Plan:
-    config = HIP if key.compiler == "hip" else CUDA
-    layout = make_layout(key)
-    block_elements = config.block_elements_float64 if key.dtype == torch.float64 else config.block_elements
-    if key.param == "softplus" and key.has_prior and key.compiler != "hip":
+def plan_launch(spec: LaunchSpec) -> Plan:
+    config = HIP if spec.compiler == "hip" else CUDA
+    layout = make_layout(spec)
+    numel = math.prod(spec.shape)
+    block_elements = config.block_elements_float64 if spec.dtype == torch.float64 else config.block_elements
+    if spec.param == "softplus" and spec.has_prior and spec.compiler != "hip":
         block_elements //= 2  # else registers spill
-    short = key.kl_numel == layout.rows > 1 and layout.rows_per_outer == 1 and key.seeds == 1
-    if short and (key.noise_source != "seed" or key.samples == 1 or key.numel % 4 == 0):
+    each_has_kl = 0 < layout.depth == spec.kl_ndim and layout.rows_per_outer is None and not has_lengths(spec, layout)
+    if each_has_kl and spec.seeds == 1 and (spec.noise_source != "seed" or spec.samples == 1 or numel % 4 == 0):
         layout = pack_short_rows(layout, block_elements)
-    if noise_mode(key, layout) == tiles.NOISE_PER_ELEMENT.value:
+    if noise_mode(spec, layout) == tiles.NOISE_PER_ELEMENT.value:
         block_elements = min(block_elements, config.block_elements // 4)
-    tiling, chunks = make_tiling(key, layout, block_elements)
-    num_warps = max(tiling.ROWS * tiling.BLOCK * config.num_warps // block_elements, 1)
-    return Plan(layout, tiling, chunks, num_warps, register_limit(key, tiling, config))
-
-
-class Numbers(NamedTuple):
-    """The run-time half of a launch, except pointers and seeds."""
-
-    grid: tuple[int, ...]
-    rows: int
-    total: int  # elements of mu
-    shape: Shape
-
-
-def run_time_numbers(key: LaunchKey, plan: Plan) -> Numbers:
-    layout = plan.layout
-    programs = cdiv(layout.rows, plan.tiling.ROWS) * plan.chunks
-    grid_2d = plan.tiling.GRID == tiles.GRID_2D.value
+    tiling, chunks = make_tiling(spec, layout, block_elements)
+    programs = cdiv(layout.rows, tiling.ROWS) * chunks
+    grid_2d = tiling.GRID == tiles.GRID_2D.value
     grid = (GRID_2D_WIDTH, cdiv(programs, GRID_2D_WIDTH)) if grid_2d else (programs,)
-    rows_per_kl = 1 if key.kl_numel is None or layout.row_len else layout.rows // key.kl_numel
-    sizes = Shape(layout.cols, plan.chunks, key.samples, layout.rows // key.seeds, rows_per_kl, layout.rows_per_outer)
-    return Numbers(grid, layout.rows, layout.numel, sizes)
+    counts = Counts(
+        samples=spec.samples,
+        rows_per_seed=layout.rows // spec.seeds if spec.seeds > 1 else 1,
+        rows_per_kl=math.prod(spec.shape[spec.kl_ndim : layout.depth]) if spec.kl_ndim else 1,
+        rows_per_outer=layout.rows_per_outer or 1,
+    )
+    num_warps = max(tiling.ROWS * tiling.BLOCK * config.num_warps // block_elements, 1)
+    limit = register_limit(spec, tiling, config)
+    return Plan(layout, tiling, counts, grid, layout.rows, layout.cols, numel, chunks, num_warps, limit)

@@ -22,31 +22,34 @@ NOISE_NONE, NOISE_FROM_TENSOR, NOISE_ALIGNED, NOISE_UNALIGNED, NOISE_PER_ELEMENT
 GRID_ROWS, GRID_CHUNKS, GRID_BOTH, GRID_2D = (tl.constexpr(i) for i in range(4))
 
 
-class Operand(NamedTuple):
-    """A tensor, read by rows. Row r starts at r // rows_per_outer * outer_stride + r % rows_per_outer * row_stride."""
+class Strides(NamedTuple):
+    """How an operand is read by rows. Row r starts at r // rows_per_outer * outer + r % rows_per_outer * row."""
 
-    ptr: Any
-    outer_stride: int
-    row_stride: int
-    col_stride: int
+    outer: Any  # of packed rows: the stride from one to the next; None: not needed
+    row: Any  # None: rows are contiguous
+    col: Any
 
 
-class GradStrides(NamedTuple):
-    """The row strides of an Operand with contiguous columns."""
+class Counts(NamedTuple):
+    """Sizes of a launch that Triton specialises, since they do not grow with the batch. One that is not needed is 1."""
 
-    outer_stride: int
-    row_stride: int
+    samples: Any
+    rows_per_seed: Any
+    rows_per_kl: Any
+    rows_per_outer: Any
 
 
 class Shape(NamedTuple):
-    """The sizes of a launch that do not grow with the batch."""
+    """The sizes of a launch."""
 
-    cols: int
-    chunks: int  # programs to a row
-    samples: int
-    rows_per_seed: int
-    rows_per_kl: int
-    rows_per_outer: int
+    rows: Any
+    cols: Any
+    total: Any  # elements of mu
+    chunks: Any  # programs to a row
+    samples: Any
+    rows_per_seed: Any
+    rows_per_kl: Any
+    rows_per_outer: Any
 
 
 class Tiling(NamedTuple):
@@ -56,16 +59,17 @@ class Tiling(NamedTuple):
     BLOCK: int
     GRID: int
     VEC: int  # rows start and end at multiples of this many elements, in memory too
-    EVEN: bool  # every position holds an element
+    EVEN: bool  # every column of a tile lies in its row
     OFFSET_32BIT: bool  # offsets within a tile fit 32 bits
     COUNTER_32BIT: bool  # each seed has fewer than 2^34 elements
     NOISE: int
     PER_ITEM_SEED: bool
+    ONE_KL: bool  # no more than one KL for all rows
     INLINE_PTX: bool  # the compiler takes PTX
-    HAS_OUTER_STRIDE: bool  # rows_per_outer > 1
+    HAS_OUTER_STRIDE: bool  # some operand needs rows_per_outer
     ROW_LEN: int  # 0: rows are not packed
     PACKED_ROWS: int
-    PACKED_STRIDED: bool  # packed rows are outer_stride apart, not contiguous
+    PACKED_STRIDED: bool  # packed rows lie `outer` apart, not contiguous
 
 
 class Tile(NamedTuple):
@@ -79,6 +83,17 @@ class Tile(NamedTuple):
     group_offset: Any
     mask: Any  # [ROWS, BLOCK]
     row_mask: Any  # [ROWS, 1]
+
+
+@triton.jit
+def make_shape(rows, cols, total, chunks, counts, TILING: tl.constexpr):
+    """Put the sizes of a launch together. The length of a packed row is a constant."""
+    CONSTANT: tl.constexpr = TILING.ROW_LEN * TILING.PACKED_ROWS
+    if TILING.ROW_LEN:
+        cols = CONSTANT
+    return Shape(
+        rows, cols, total, chunks, counts.samples, counts.rows_per_seed, counts.rows_per_kl, counts.rows_per_outer
+    )
 
 
 @triton.jit
@@ -117,9 +132,9 @@ def seed_of(row, shape, TILING: tl.constexpr):
 
 
 @triton.jit
-def make_tile(rows, total, shape, TILING: tl.constexpr):
+def make_tile(shape, TILING: tl.constexpr):
     """Make the tile of this program."""
-    first_row, chunk, first_col = locate(rows, shape.chunks, TILING)
+    first_row, chunk, first_col = locate(shape.rows, shape.chunks, TILING)
     row = tl.arange(0, TILING.ROWS)[:, None]
     if not TILING.OFFSET_32BIT:
         row = row.to(tl.int64)
@@ -128,16 +143,17 @@ def make_tile(rows, total, shape, TILING: tl.constexpr):
         _, row_of_seed = seed_of(first_row + row, shape, TILING)
         group_offset = (row_of_seed * shape.cols % 4).to(tl.int32)
     col = tl.arange(0, TILING.BLOCK)[None, :] - group_offset
-    if TILING.EVEN:
-        mask = tl.full([TILING.ROWS, TILING.BLOCK], True, tl.int1)  # the compiler drops it
-        row_mask = tl.full([TILING.ROWS, 1], True, tl.int1)
+    if TILING.ROWS == 1:
+        row_mask = tl.full([1, 1], True, tl.int1)  # the compiler drops it
     else:
+        row_mask = row < tl.minimum(shape.rows - first_row, TILING.ROWS).to(tl.int32)
+    mask = tl.broadcast_to(row_mask, [TILING.ROWS, TILING.BLOCK])
+    if not TILING.EVEN:
         VEC: tl.constexpr = TILING.VEC
         left = tl.minimum(shape.cols - first_col, TILING.BLOCK)
         if TILING.ROW_LEN:
-            left = tl.minimum(left, total - first_row * shape.cols)
-        row_mask = row < tl.minimum(rows - first_row, TILING.BLOCK * 4096).to(tl.int32)
-        mask = (col < tl.multiple_of(left.to(tl.int32), VEC)) & row_mask
+            left = tl.minimum(left, shape.total - first_row * shape.cols)
+        mask &= col < tl.multiple_of(left.to(tl.int32), VEC)
         if TILING.NOISE == NOISE_UNALIGNED:
             mask &= col + tl.minimum(first_col, TILING.BLOCK).to(tl.int32) >= 0
     if not TILING.OFFSET_32BIT:
@@ -160,15 +176,18 @@ def row_pointers(ptr, row_stride, col_stride, packed_stride, tile, TILING: tl.co
 
 
 @triton.jit
-def pointers(o, tile, shape, TILING: tl.constexpr):
+def pointers(ptr, strides, tile, shape, TILING: tl.constexpr):
     """Return pointers to a tile's elements of an operand."""
+    row_stride = strides.row
+    if strides.row is None:
+        row_stride = shape.cols
     if TILING.HAS_OUTER_STRIDE:
         VEC: tl.constexpr = TILING.VEC
         a, b = divmod_rows(tile.first_row + tile.row, shape.rows_per_outer, TILING)
-        offset = a * o.outer_stride + b * o.row_stride + tile.first_col * o.col_stride
-        return o.ptr + tl.multiple_of(offset, [VEC, VEC]) + tile.col * o.col_stride
+        offset = a * strides.outer + b * row_stride + tile.first_col * strides.col
+        return ptr + tl.multiple_of(offset, [VEC, VEC]) + tile.col * strides.col
     else:
-        return row_pointers(o.ptr, o.row_stride, o.col_stride, o.outer_stride, tile, TILING)
+        return row_pointers(ptr, row_stride, strides.col, strides.outer, tile, TILING)
 
 
 @triton.jit
@@ -197,10 +216,10 @@ def store(ptr, value, mask):
 
 
 @triton.jit
-def noise(seed_ptr, eps_ptr, sample, tile, total, shape, FLOAT64: tl.constexpr, TILING: tl.constexpr):
+def noise(seed_ptr, eps_ptr, sample, tile, shape, FLOAT64: tl.constexpr, TILING: tl.constexpr):
     """Load or make the eps of one sample, whose index is 64-bit."""
     if TILING.NOISE == NOISE_FROM_TENSOR:
-        ptr = sample_pointer(eps_ptr, sample, total, TILING)
+        ptr = sample_pointer(eps_ptr, sample, shape.total, TILING)
         return load(contiguous_pointers(ptr, tile, shape, TILING), tile.mask, FLOAT64)
     else:
         item, row = seed_of(tile.first_row if TILING.ROWS == 1 else tile.first_row + tile.row, shape, TILING)
@@ -208,7 +227,7 @@ def noise(seed_ptr, eps_ptr, sample, tile, total, shape, FLOAT64: tl.constexpr, 
             seed = tl.load(seed_ptr + item, mask=tile.row_mask)
         else:
             seed = tl.load(seed_ptr + item)
-        per_sample = shape.rows_per_seed * shape.cols if TILING.PER_ITEM_SEED else total
+        per_sample = shape.rows_per_seed * shape.cols if TILING.PER_ITEM_SEED else shape.total
         index = sample * per_sample + row * shape.cols + tile.first_col
         if TILING.NOISE == NOISE_PER_ELEMENT:
             eps = normal_at(seed, index + tile.col, TILING.INLINE_PTX)
@@ -236,9 +255,9 @@ def sum_packed_rows(k, TILING: tl.constexpr):
 
 
 @triton.jit
-def elements_left(tile, total, shape):
+def elements_left(tile, shape):
     """Return how many elements the tile's row holds."""
-    return tl.minimum(shape.cols, total - tile.first_row * shape.cols).to(tl.int32)
+    return tl.minimum(shape.cols, shape.total - tile.first_row * shape.cols).to(tl.int32)
 
 
 @triton.jit

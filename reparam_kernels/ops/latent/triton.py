@@ -1,20 +1,22 @@
-"""The GPU launch of the latent op: allocates the outputs, plans, launches the kernels of triton_kernels.py."""
+"""The GPU launch of the latent op: allocates the outputs, plans what is new, launches the kernels of triton_kernels.py."""
 
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...core.dtypes import compute_dtype
 from ...gpu.gaussian import Options
-from ...gpu.launch import compiler, launch, operand
-from ...gpu.plan import LaunchKey, Plan, next_power_of_2, plan_launch, run_time_numbers, views_of
-from ...gpu.tiles import GradStrides, Operand
+from ...gpu.launch import PLANS, Launch, compiler, signature
+from ...gpu.plan import LaunchSpec, Plan, plan_launch, views_of
+from ...gpu.tiles import Strides, Tiling
 from . import triton_kernels as kernels
 from .arguments import PARAMS, Arguments, Config, empty_prior_gradient, expanded_prior, unpacked
+
+SUM_BLOCK = 1024  # parts that row_sum_kernel adds up at a time
 
 
 @lru_cache(maxsize=256)
@@ -38,45 +40,99 @@ def make_options(config: Config, dtype: torch.dtype, scalar_prior: bool, element
     )
 
 
-def launch_key(
+class OperandStrides(NamedTuple):
+    """The strides of the operands of a kernel, None for those that it does not have."""
+
+    mu: Strides | None
+    x: Strides | None
+    mu_p: Strides | None
+    x_p: Strides | None
+    dz: Strides | None = None
+    grad: Strides | None = None  # of dmu and dx alike
+
+
+class Planned(NamedTuple):
+    """What a call launches, and what it has to do before."""
+
+    launch: Launch
+    copied: tuple[bool, ...]  # the operands that have to be made contiguous first
+    parts: int  # of the KL sums, which `sums` adds up; 0: the kernel writes the KL itself
+    sums: Launch | None
+
+
+def make_spec(
     kernel: str,
     arguments: Arguments,
     mu: Tensor,
     operands: Sequence[Tensor | None],
     other_tensors: Sequence[Tensor | None],
-    kl_numel: int | None,
+    kl: Tensor | None,
     needs_noise: bool,
     sample_stride: int = 0,
-) -> LaunchKey:
-    noise_source = "none" if not needs_noise else "seed" if arguments.eps is None else "tensor"
-    return LaunchKey(
+) -> LaunchSpec:
+    """Describe a launch of the forward or the backward kernel. kl: the KL or its gradient."""
+    config = arguments.config
+    sums_kl = kl is not None and config.event_ndim > 0
+    return LaunchSpec(
         kernel=kernel,
         compiler=compiler(),
         dtype=mu.dtype,
-        numel=mu.numel(),
-        samples=math.prod(arguments.config.sample_shape),
+        shape=tuple(mu.shape),
+        samples=math.prod(config.sample_shape),
         seeds=arguments.seed.numel() if arguments.seed is not None and needs_noise else 1,
-        kl_numel=kl_numel,
-        noise_source=noise_source,
-        param=arguments.config.param,
+        kl_ndim=mu.dim() - config.event_ndim if sums_kl else None,
+        noise_source="none" if not needs_noise else "seed" if arguments.eps is None else "tensor",
+        param=config.param,
         has_prior=arguments.mu_p is not None,
         operands=views_of(operands),
-        other_tensors=views_of(other_tensors),
+        other_tensors=views_of([*other_tensors, None if sums_kl else kl]),
         sample_stride=sample_stride,
     )
 
 
-def compile_time(arguments: Arguments, kl_numel: int | None, plan: Plan) -> dict[str, Any]:
+def compile_time(arguments: Arguments, spec: LaunchSpec, planned: Plan) -> tuple[OperandStrides, Options, Tiling]:
+    """Return the last arguments of both kernels, which Triton compiles in."""
     scalar_prior = all(p is not None and p.numel() == 1 for p in (arguments.mu_p, arguments.x_p))
-    options = make_options(arguments.config, arguments.mu.dtype, scalar_prior, kl_numel is None)
-    return {"OPTIONS": options, "TILING": plan.tiling, **plan.compile_options()}
+    options = make_options(arguments.config, spec.dtype, scalar_prior, spec.kl_ndim is None)
+    return OperandStrides(*planned.layout.strides), options, planned.tiling
 
 
-def sum_parts(parts: Tensor, kl: Tensor) -> None:
-    """Add up the parts of each KL."""
-    count = parts.numel() // kl.numel()
-    constants = {"BLOCK": min(next_power_of_2(count), 1024), "num_warps": 4, "enable_fp_fusion": False}
-    launch(kernels.row_sum_kernel, (kl.numel(),), kl.device, parts, kl, count, **constants)
+def plan_forward(arguments: Arguments, mu: Tensor, x: Tensor, z: Tensor | None, kl: Tensor | None) -> Planned:
+    operands = [mu, x, *expanded_prior(arguments, mu.shape)]
+    needs_noise = z is not None and z.numel() > 0
+    spec = make_spec("forward", arguments, mu, operands, [arguments.eps, z], kl, needs_noise)
+    planned = plan_launch(spec)
+    fixed = (*planned.numbers(), *compile_time(arguments, spec, planned))
+    launch = Launch(kernels.forward_kernel, mu.device, planned.grid, fixed, planned.compile_options())
+    parts, sums = planned.rows * planned.chunks, None
+    if kl is None or spec.kl_ndim is None or planned.layout.row_len or parts == kl.numel():
+        parts = 0
+    else:
+        options = {"num_warps": 4, "enable_fp_fusion": False}
+        sums = Launch(kernels.row_sum_kernel, mu.device, (kl.numel(),), (parts // kl.numel(), SUM_BLOCK), options)
+    return Planned(launch, planned.layout.copied, parts, sums)
+
+
+def plan_backward(
+    arguments: Arguments, mu: Tensor, x: Tensor, dz: Tensor | None, dkl: Tensor | None, grads: tuple[Tensor | None, ...]
+) -> Planned:
+    dmu, dx, dmu_p, dx_p = grads
+    first_dz, sample_stride = dz, 0
+    if dz is not None and arguments.config.sample_shape:
+        first_dz, sample_stride = dz[0], dz.stride(0)
+    operands = [mu, x, *expanded_prior(arguments, mu.shape), first_dz, dx if dmu is None else dmu]
+    others = [arguments.eps, dx, dmu_p, dx_p]
+    spec = make_spec("backward", arguments, mu, operands, others, dkl, dz is not None, sample_stride)
+    planned = plan_launch(spec)
+    stride = mu.numel() if planned.layout.copied[4] else sample_stride  # a copy of dz is contiguous
+    fixed = (stride, *planned.numbers(), *compile_time(arguments, spec, planned))
+    launch = Launch(kernels.backward_kernel, mu.device, planned.grid, fixed, planned.compile_options())
+    return Planned(launch, planned.layout.copied, 0, None)
+
+
+def contiguous(operands: Sequence[Tensor | None], copied: tuple[bool, ...]) -> list[Tensor | None]:
+    """Copy the operands that a plan cannot read as they are."""
+    return [t.contiguous() if copy and t is not None else t for t, copy in zip(operands, copied, strict=True)]
 
 
 def forward(arguments: Arguments) -> tuple[Tensor | None, Tensor | None]:
@@ -93,33 +149,19 @@ def forward(arguments: Arguments) -> tuple[Tensor | None, Tensor | None]:
 
 
 def launch_forward(arguments: Arguments, mu: Tensor, x: Tensor, z: Tensor | None, kl: Tensor | None) -> None:
-    kl_numel = kl.numel() if kl is not None and arguments.config.event_ndim > 0 else None
-    eps = None if arguments.eps is None else arguments.eps.contiguous()
-    operands = [mu, x, *expanded_prior(arguments, mu.shape)]
-    others = [eps, z, kl if kl_numel is None else None]
-    needs_noise = z is not None and z.numel() > 0
-    key = launch_key("forward", arguments, mu, operands, others, kl_numel, needs_noise)
-    plan = plan_launch(key)
-    grid, rows, total, shape = run_time_numbers(key, plan)
-    parts = kl
-    if kl is not None and kl_numel is not None and not plan.layout.row_len and rows * plan.chunks > kl_numel:
-        parts = kl.new_empty(rows * plan.chunks)
-    launch(
-        kernels.forward_kernel,
-        grid,
-        mu.device,
-        *map(operand, operands, plan.layout.strides),
-        arguments.seed,
-        eps,
-        z,
-        parts,
-        rows,
-        total,
-        shape,
-        **compile_time(arguments, kl_numel, plan),
-    )
-    if parts is not None and kl is not None and parts is not kl:
-        sum_parts(parts, kl)
+    _, _, mu_p, x_p, seed, eps, config = arguments
+    eps = None if eps is None else eps.contiguous()
+    tensors = mu, x, mu_p, x_p, seed, eps, z, kl
+    key = "forward", config, mu.device, *map(signature, tensors)
+    planned = PLANS.get(key) or PLANS.add(key, plan_forward(arguments, mu, x, z, kl))
+    if True in planned.copied:
+        mu, x, mu_p, x_p = contiguous([mu, x, *expanded_prior(arguments, mu.shape)], planned.copied)
+    if planned.parts and kl is not None:
+        parts = kl.new_empty(planned.parts)
+        planned.launch(mu, x, mu_p, x_p, seed, eps, z, parts)
+        planned.sums(parts, kl)
+    else:
+        planned.launch(mu, x, mu_p, x_p, seed, eps, z, kl)
 
 
 def backward(
@@ -146,39 +188,17 @@ def backward(
 def launch_backward(
     arguments: Arguments, mu: Tensor, x: Tensor, dz: Tensor | None, dkl: Tensor | None, grads: tuple[Tensor | None, ...]
 ) -> None:
+    _, _, mu_p, x_p, seed, eps, config = arguments
     dmu, dx, dmu_p, dx_p = grads
-    samples = math.prod(arguments.config.sample_shape)
-    kl_numel = dkl.numel() if dkl is not None and arguments.config.event_ndim > 0 else None
-    dz = None if dz is None or samples == 0 else dz.reshape(samples, *mu.shape)
-    first_dz = None if dz is None else dz[0]
-    eps = None if arguments.eps is None else arguments.eps.contiguous()
+    eps = None if eps is None else eps.contiguous()
     dkl = None if dkl is None else dkl.contiguous()
-    operands = [mu, x, *expanded_prior(arguments, mu.shape), first_dz, dmu if dmu is not None else dx]
-    others = [eps, dx, dmu_p, dx_p, dkl if kl_numel is None else None]
-    sample_stride = 0 if dz is None else dz.stride(0)
-    key = launch_key("backward", arguments, mu, operands, others, kl_numel, dz is not None, sample_stride)
-    plan = plan_launch(key)
-    grid, rows, total, shape = run_time_numbers(key, plan)
-    *input_strides, dz_strides, grad_strides = plan.layout.strides
-    if dz is not None and dz_strides is not None and dz_strides.copied:
-        dz = dz.contiguous()  # all samples; their strides are those of the first
-    launch(
-        kernels.backward_kernel,
-        grid,
-        mu.device,
-        *map(operand, operands, input_strides),
-        arguments.seed,
-        eps,
-        None if dz is None or dz_strides is None else Operand(dz, dz_strides.outer, dz_strides.row, dz_strides.col),
-        0 if dz is None else dz.stride(0),
-        dkl,
-        dmu,
-        dx,
-        GradStrides(0, 0) if grad_strides is None else GradStrides(grad_strides.outer, grad_strides.row),
-        dmu_p,
-        dx_p,
-        rows,
-        total,
-        shape,
-        **compile_time(arguments, kl_numel, plan),
-    )
+    if dz is not None and config.sample_shape:
+        samples = math.prod(config.sample_shape)
+        dz = dz.reshape(samples, *mu.shape) if samples else None
+    tensors = mu, x, mu_p, x_p, seed, eps, dz, dkl, dmu, dx, dmu_p, dx_p
+    key = "backward", config, mu.device, *map(signature, tensors)
+    planned = PLANS.get(key) or PLANS.add(key, plan_backward(arguments, mu, x, dz, dkl, grads))
+    if True in planned.copied:
+        given = [mu, x, *expanded_prior(arguments, mu.shape), dz, None]
+        mu, x, mu_p, x_p, dz, _ = contiguous(given, planned.copied)
+    planned.launch(mu, x, mu_p, x_p, seed, eps, dz, dkl, dmu, dx, dmu_p, dx_p)

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from ...gpu.launch import compiler, launch
-from ...gpu.plan import LaunchKey, plan_launch, run_time_numbers, views_of
+from ...gpu.launch import PLANS, Launch, compiler, signature
+from ...gpu.plan import LaunchSpec, plan_launch, views_of
 from . import triton_kernels as kernels
 
 
@@ -11,14 +11,20 @@ def fill_eps(out: Tensor, seed: Tensor) -> None:
     """Fill `out`, which is contiguous, with the noise of `seed`."""
     if out.numel() == 0:
         return
-    key = LaunchKey(
+    key = "randn", out.device, signature(out), signature(seed)
+    launch = PLANS.get(key) or PLANS.add(key, plan_randn(out, seed))
+    launch(out, seed)
+
+
+def plan_randn(out: Tensor, seed: Tensor) -> Launch:
+    spec = LaunchSpec(
         kernel="randn",
         compiler=compiler(),
         dtype=out.dtype,
-        numel=out.numel(),
+        shape=tuple(out.shape),
         samples=1,
         seeds=seed.numel(),
-        kl_numel=None,
+        kl_ndim=None,
         noise_source="seed",
         param="",
         has_prior=False,
@@ -26,7 +32,5 @@ def fill_eps(out: Tensor, seed: Tensor) -> None:
         other_tensors=views_of([out]),
         sample_stride=0,
     )
-    plan = plan_launch(key)
-    grid, rows, total, shape = run_time_numbers(key, plan)
-    constants = plan.compile_options()
-    launch(kernels.randn_kernel, grid, out.device, out, seed, rows, total, shape, TILING=plan.tiling, **constants)
+    plan = plan_launch(spec)
+    return Launch(kernels.randn_kernel, out.device, plan.grid, (*plan.numbers(), plan.tiling), plan.compile_options())

@@ -4,13 +4,14 @@ import triton
 import triton.language as tl
 
 from ...gpu.philox import low_high, philox4x32_10, sqrt_rn
-from ...gpu.tiles import contiguous_pointers, make_tile, noise, store
+from ...gpu.tiles import contiguous_pointers, make_shape, make_tile, noise, store
 
 
-@triton.jit(do_not_specialize=["rows", "total"])
-def randn_kernel(out_ptr, seed_ptr, rows, total, shape, TILING: tl.constexpr):
-    tile = make_tile(rows, total, shape, TILING)
-    eps = noise(seed_ptr, None, tile.first_col * 0, tile, total, shape, False, TILING)
+@triton.jit(do_not_specialize=["rows", "cols", "total", "chunks"])
+def randn_kernel(out_ptr, seed_ptr, rows, cols, total, chunks, counts, TILING: tl.constexpr):
+    shape = make_shape(rows, cols, total, chunks, counts, TILING)
+    tile = make_tile(shape, TILING)
+    eps = noise(seed_ptr, None, tile.first_col * 0, tile, shape, False, TILING)
     store(contiguous_pointers(out_ptr, tile, shape, TILING), eps, tile.mask)
 
 
