@@ -111,9 +111,7 @@ def test_gradients_are_those_of_float64(backend, param, squash, path, prior):
     dz, dlog_q = torch.randn(z.shape, generator=g), torch.randn(log_q.shape, generator=g)
     true = wide(*tensors)
     eps = rk.randn(*z.shape, seed=5).double()
-    true_z, each, _ = true_log_q(
-        *true[:2], eps, param, squash=squash, path=path, prior=true[2:] if prior else None
-    )
+    true_z, each, _ = true_log_q(*true[:2], eps, param, squash=squash, path=path, prior=true[2:] if prior else None)
     for gz, gl in ((dz, dlog_q), (None, dlog_q), (dz, None)):
         pairs = [(z, true_z, gz), (log_q, each.sum(-1), gl)]
         got = torch.autograd.grad(
@@ -245,7 +243,7 @@ def test_compile_vmap_and_checkpoint():
 
 def test_errors():
     mu, x = inputs("logvar")
-    with pytest.raises(ValueError, match='squash must be None or "tanh"; got \'sigmoid\''):
+    with pytest.raises(ValueError, match="squash must be None or \"tanh\"; got 'sigmoid'"):
         rk.reparameterize_log_prob(mu, x, squash="sigmoid")
     with pytest.raises(TypeError, match="path_derivative must be True or False; got 1"):
         rk.reparameterize_log_prob(mu, x, path_derivative=1)

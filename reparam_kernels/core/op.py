@@ -151,7 +151,9 @@ class Op(Generic[A]):
                 return (None,) * n
             ys, gs = zip(*pairs, strict=True)
             asked_grads = iter(torch.autograd.grad(ys, asked, gs, create_graph=create_graph, allow_unused=True))
-        return tuple(next(asked_grads) if want and t is not None else None for t, want in zip(inputs, wanted, strict=True))
+        return tuple(
+            next(asked_grads) if want and t is not None else None for t, want in zip(inputs, wanted, strict=True)
+        )
 
     # The arguments as torch's dispatcher takes them: one flat list.
 

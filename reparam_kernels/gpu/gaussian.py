@@ -42,7 +42,10 @@ class Options(NamedTuple):
     LOW: float
     HIGH: float
     SCALAR_PRIOR: bool  # mu_p and x_p are one number each
-    ELEMENTWISE_KL: bool
+    ELEMENTWISE_KL: bool  # or log_q: not summed
+    MINUS_LOG_P: bool  # log_q is log q(z) - log p(z)
+    TANH: bool  # z = tanh(mu + sigma eps)
+    PATH: bool  # log_q has gradients by way of z alone
 
 
 class Latent(NamedTuple):

@@ -85,7 +85,9 @@ def elementwise_log_q(config: Config, inputs: Inputs) -> Tensor:
         eps, log_std = eps + (u - u.detach()) / sigma.detach(), log_std.detach()
     log_q = -(eps**2) / 2 - log_std
     if config.tanh:
-        log_q = log_q - 2 * (math.log(2) - u - softplus(-2 * u, threshold=40.0))  # the logarithm of the derivative of tanh
+        log_q = log_q - 2 * (
+            math.log(2) - u - softplus(-2 * u, threshold=40.0)
+        )  # the logarithm of the derivative of tanh
     if not config.minus_log_p:
         return log_q - math.log(2 * math.pi) / 2
     if mu_p is None or x_p is None:
@@ -124,7 +126,9 @@ def gradient_formula(arguments: Arguments, grads: tuple[Tensor | None, ...]) -> 
     """
     inputs, (dz, dkl, dlog_q), config = widened_inputs(arguments), grads, arguments.config
     for_z = inputs if dz is None or inputs.eps is None else hold_for_z(config, inputs, dz)
-    for_kl = inputs if dkl is None else hold(config, inputs, dkl, inputs.mu.shape, lambda i: elementwise_kl(config, *i[:4]))
+    for_kl = (
+        inputs if dkl is None else hold(config, inputs, dkl, inputs.mu.shape, lambda i: elementwise_kl(config, *i[:4]))
+    )
     for_log_q = inputs
     if dlog_q is not None and inputs.eps is not None:
         for_log_q = hold(config, inputs, dlog_q, inputs.eps.shape, lambda i: elementwise_log_q(config, i))
@@ -140,9 +144,7 @@ def hold_for_z(config: Config, inputs: Inputs, dz: Tensor) -> Inputs:
     return inputs._replace(x=torch.where(held, 1, inputs.x), eps=eps)
 
 
-def hold(
-    config: Config, inputs: Inputs, grad: Tensor, shape: torch.Size, terms: Callable[[Inputs], Tensor]
-) -> Inputs:
+def hold(config: Config, inputs: Inputs, grad: Tensor, shape: torch.Size, terms: Callable[[Inputs], Tensor]) -> Inputs:
     """Hold the inputs of the terms whose gradient is 0 and whose slopes are not finite."""
     grad = grad.reshape(*grad.shape, *[1] * config.event_ndim)
     tensors = [None if t is None else t.expand(shape) for t in inputs[:4]]

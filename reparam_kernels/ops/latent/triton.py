@@ -13,6 +13,7 @@ from ...gpu.gaussian import Options
 from ...gpu.launch import PLANS, Launch, compiler, signature
 from ...gpu.plan import LaunchSpec, Plan, plan_launch, views_of
 from ...gpu.tiles import Strides, Tiling
+from . import triton_density_kernels as density_kernels
 from . import triton_kernels as kernels
 from .arguments import PARAMS, Arguments, Config, empty_prior_gradient, expanded_prior, unpacked
 
@@ -37,6 +38,9 @@ def make_options(config: Config, dtype: torch.dtype, scalar_prior: bool, element
         HIGH=high,
         SCALAR_PRIOR=scalar_prior,
         ELEMENTWISE_KL=elementwise_kl,
+        MINUS_LOG_P=config.minus_log_p,
+        TANH=config.tanh,
+        PATH=config.path_derivative,
     )
 
 
@@ -70,7 +74,7 @@ def make_spec(
     needs_noise: bool,
     sample_stride: int = 0,
 ) -> LaunchSpec:
-    """Describe a launch of the forward or the backward kernel. kl: the KL or its gradient."""
+    """Describe a launch of the forward or the backward kernel. kl: the KL or log_q, or its gradient."""
     config = arguments.config
     sums_kl = kl is not None and config.event_ndim > 0
     return LaunchSpec(
@@ -97,14 +101,18 @@ def compile_time(arguments: Arguments, spec: LaunchSpec, planned: Plan) -> tuple
     return OperandStrides(*planned.layout.strides), options, planned.tiling
 
 
-def plan_forward(arguments: Arguments, mu: Tensor, x: Tensor, z: Tensor | None, kl: Tensor | None) -> Planned:
+def plan_forward(
+    arguments: Arguments, mu: Tensor, x: Tensor, z: Tensor | None, kl: Tensor | None, samples_of_kl: int
+) -> Planned:
+    """kl: the KL, or log_q, which has samples."""
     operands = [mu, x, *expanded_prior(arguments, mu.shape)]
     needs_noise = z is not None and z.numel() > 0
     spec = make_spec("forward", arguments, mu, operands, [arguments.eps, z], kl, needs_noise)
     planned = plan_launch(spec)
     fixed = (*planned.numbers(), *compile_time(arguments, spec, planned))
-    launch = Launch(kernels.forward_kernel, mu.device, planned.grid, fixed, planned.compile_options())
-    parts, sums = planned.rows * planned.chunks, None
+    kernel = density_kernels.density_forward_kernel if uses_densities(arguments.config) else kernels.forward_kernel
+    launch = Launch(kernel, mu.device, planned.grid, fixed, planned.compile_options())
+    parts, sums = planned.rows * planned.chunks * samples_of_kl, None
     if kl is None or spec.kl_ndim is None or planned.layout.row_len or parts == kl.numel():
         parts = 0
     else:
@@ -116,18 +124,26 @@ def plan_forward(arguments: Arguments, mu: Tensor, x: Tensor, z: Tensor | None, 
 def plan_backward(
     arguments: Arguments, mu: Tensor, x: Tensor, dz: Tensor | None, dkl: Tensor | None, grads: tuple[Tensor | None, ...]
 ) -> Planned:
-    dmu, dx, dmu_p, dx_p = grads
+    """dkl: the gradient of the KL, or of log_q."""
+    config, (dmu, dx, dmu_p, dx_p) = arguments.config, grads
     first_dz, sample_stride = dz, 0
-    if dz is not None and arguments.config.sample_shape:
+    if dz is not None and config.sample_shape:
         first_dz, sample_stride = dz[0], dz.stride(0)
     operands = [mu, x, *expanded_prior(arguments, mu.shape), first_dz, dx if dmu is None else dmu]
     others = [arguments.eps, dx, dmu_p, dx_p]
-    spec = make_spec("backward", arguments, mu, operands, others, dkl, dz is not None, sample_stride)
+    by_densities = uses_densities(config)
+    needs_noise = dz is not None or by_densities
+    spec = make_spec("backward", arguments, mu, operands, others, dkl, needs_noise, sample_stride)
     planned = plan_launch(spec)
     stride = mu.numel() if planned.layout.copied[4] else sample_stride  # a copy of dz is contiguous
     fixed = (stride, *planned.numbers(), *compile_time(arguments, spec, planned))
-    launch = Launch(kernels.backward_kernel, mu.device, planned.grid, fixed, planned.compile_options())
+    kernel = density_kernels.density_backward_kernel if by_densities else kernels.backward_kernel
+    launch = Launch(kernel, mu.device, planned.grid, fixed, planned.compile_options())
     return Planned(launch, planned.layout.copied, 0, None)
+
+
+def uses_densities(config: Config) -> bool:
+    return config.log_q or config.tanh
 
 
 def contiguous(operands: Sequence[Tensor | None], copied: tuple[bool, ...]) -> list[Tensor | None]:
@@ -135,25 +151,30 @@ def contiguous(operands: Sequence[Tensor | None], copied: tuple[bool, ...]) -> l
     return [t.contiguous() if copy and t is not None else t for t, copy in zip(operands, copied, strict=True)]
 
 
-def forward(arguments: Arguments) -> tuple[Tensor | None, Tensor | None]:
+def forward(arguments: Arguments) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     mu, x = unpacked(arguments)
-    config, shape = arguments.config, mu.shape
+    config, shape, dtype = arguments.config, mu.shape, compute_dtype(mu.dtype)
+    rows = shape[: len(shape) - config.event_ndim]
     z = mu.new_empty(config.sample_shape + shape) if config.z else None
-    kl = None
-    if config.kl:
-        kl = mu.new_empty(shape[: len(shape) - config.event_ndim], dtype=compute_dtype(mu.dtype))
-    if mu.numel() == 0:
-        return z, kl if kl is None else kl.zero_()
-    launch_forward(arguments, mu, x, z, kl)
-    return z, kl
+    kl = mu.new_empty(rows, dtype=dtype) if config.kl else None
+    log_q = mu.new_empty(config.sample_shape + rows, dtype=dtype) if config.log_q else None
+    if mu.numel() > 0:
+        launch_forward(arguments, mu, x, z, log_q if config.log_q else kl)
+    else:
+        kl, log_q = (None if t is None else t.zero_() for t in (kl, log_q))
+    return z, kl, log_q
 
 
 def launch_forward(arguments: Arguments, mu: Tensor, x: Tensor, z: Tensor | None, kl: Tensor | None) -> None:
+    """kl: the KL, or log_q."""
     _, _, mu_p, x_p, seed, eps, config = arguments
     eps = None if eps is None else eps.contiguous()
     tensors = mu, x, mu_p, x_p, seed, eps, z, kl
     key = "forward", config, mu.device, *map(signature, tensors)
-    planned = PLANS.get(key) or PLANS.add(key, plan_forward(arguments, mu, x, z, kl))
+    planned = PLANS.get(key)
+    if planned is None:
+        samples = math.prod(config.sample_shape) if config.log_q else 1
+        planned = PLANS.add(key, plan_forward(arguments, mu, x, z, kl, samples))
     if True in planned.copied:
         mu, x, mu_p, x_p = contiguous([mu, x, *expanded_prior(arguments, mu.shape)], planned.copied)
     if planned.parts and kl is not None:
@@ -169,7 +190,8 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients to mu, x, mu_p and x_p, the prior's in the shape of mu; packed: to the moments, None, mu_p, x_p."""
     mu, x = unpacked(arguments)
-    dz, dkl = grads
+    dz, dkl, dlog_q = grads
+    dkl = dkl if dlog_q is None else dlog_q
     want_mu, want_x, *want_prior = wanted
     packed = dmu = dx = None
     if arguments.x is None and want_mu:
