@@ -70,7 +70,7 @@ def test_log_q_is_that_of_torch_and_z_has_the_bits_of_reparameterize(backend, pa
         assert log_q.shape == want.shape
         assert ((log_q - want).abs() <= (1e-12 if dtype == torch.float64 else 1e-6) * terms).all()
         if squash:
-            torch.testing.assert_close(z.double(), true_z, rtol=2 * UNIT[dtype] + 1e-6, atol=1e-6)
+            torch.testing.assert_close(z.double(), true_z, rtol=4 * UNIT[dtype] + 1e-6, atol=1e-6)
         else:
             assert torch.equal(z, rk.reparameterize(mu, x, param=param, seed=7, sample_shape=samples))
 
@@ -100,7 +100,7 @@ GRADIENTS = [(squash, path, False) for squash in (None, "tanh") for path in PATH
 @pytest.mark.parametrize("param", PARAMS)
 def test_gradients_are_those_of_float64(backend, param, squash, path, prior):
     """With path_derivative, of the density whose parameters are detached."""
-    tensors = [*inputs(param, (40, 7)), *(inputs(param, (7,), seed=1) if prior else ())]
+    tensors = [*inputs(param, (10, 7)), *(inputs(param, (7,), seed=1) if prior else ())]
     leaves = [t.clone().requires_grad_() for t in tensors]
     options = {"param": param, "seed": 5, "sample_shape": (3,), "path_derivative": path}
     if prior:
@@ -131,7 +131,7 @@ def test_gradients_are_those_of_float64(backend, param, squash, path, prior):
 
 @pytest.mark.parametrize("squash", [None, "tanh"])
 @pytest.mark.parametrize("param", PARAMS)
-def test_gradcheck_and_gradgradcheck_of_the_total_derivative(backend, param, squash):
+def test_gradcheck_and_gradgradcheck_of_the_total_derivative(param, squash):
     leaves = [t.requires_grad_() for t in inputs(param, (2, 3), torch.float64)]
 
     def density(mu, x):

@@ -178,7 +178,7 @@ def reparameterize_log_prob(
         log_q = sum [-eps^2 / 2 - log sigma - log(2 pi) / 2 - J],  J = 0 or log(1 - tanh(u)^2)
 
     Args:
-        mu, logvar, seed, generator, eps, sample_shape, param, min_std, clamp: as for reparameterize. z = u has its bits.
+        mu, logvar, seed, generator, eps, sample_shape, param, min_std, clamp: as for reparameterize, whose bits u has.
         event_ndim: how many trailing dims of mu log_q sums over, as for kl_divergence.
         squash: None, or "tanh" for z = tanh(u), as in the policies of soft actor-critic. log_q is then the density of
             the squashed z, computed from u: a saturated z gives neither infinity nor NaN.
