@@ -13,7 +13,7 @@ from reparam_kernels.ops.latent.arguments import make_arguments
 pytestmark = pytest.mark.usefixtures("says_where")
 
 MU, X = torch.zeros(64, 32), torch.zeros(64, 32)
-ASK_SEED = "Pass an int in [0, 2**63), or an int64 tensor on mu's device."
+ASK_SEED = "Pass an int in [-2**63, 2**64), or an int64 tensor on mu's device."
 
 CASES = {
     "shape": (
@@ -95,14 +95,15 @@ CASES = {
         "Make one with torch.Generator(device).manual_seed(0), or pass seed=.",
     ),
     "negative seed": (
-        lambda: rk.reparameterize(MU, X, seed=-1),
+        lambda: rk.reparameterize(MU, X, seed=-(2**63) - 1),
         ValueError,
-        "reparameterize: seed must lie in [0, 2**63); got -1. Reduce it, for example modulo 2**63.",
+        "reparameterize: seed must lie in [-2**63, 2**64); got -9223372036854775809. "
+        "Reduce it, for example modulo 2**64.",
     ),
     "large seed": (
-        lambda: rk.randn(3, seed=2**63),
+        lambda: rk.randn(3, seed=2**64),
         ValueError,
-        "randn: seed must lie in [0, 2**63); got 9223372036854775808. Reduce it, for example modulo 2**63.",
+        "randn: seed must lie in [-2**63, 2**64); got 18446744073709551616. Reduce it, for example modulo 2**64.",
     ),
     "float seed": (
         lambda: rk.reparameterize(MU, X, seed=1.0),

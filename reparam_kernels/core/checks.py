@@ -85,9 +85,11 @@ def sizes(where: str, name: str, value: Any) -> tuple[int, ...]:
 
 
 def seed_in_range(where: str, seed: Any) -> int:
-    value = integer(where, "seed", seed, "Pass an int in [0, 2**63), or an int64 tensor on mu's device.")
-    if not 0 <= value < 2**63:
-        raise ValueError(f"{where}: seed must lie in [0, 2**63); got {value}. Reduce it, for example modulo 2**63.")
+    value = integer(where, "seed", seed, "Pass an int in [-2**63, 2**64), or an int64 tensor on mu's device.")
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(
+            f"{where}: seed must lie in [-2**63, 2**64); got {value}. Reduce it, for example modulo 2**64."
+        )
     return value
 
 

@@ -27,8 +27,9 @@ def reparameterize(
     Args:
         mu: mean, any shape and strides; float16, bfloat16, float32 or float64.
         logvar: log variance, or what `param` says; shape, dtype and device of mu.
-        seed: int in [0, 2**63), or an int64 tensor on mu's device of one element or of mu.shape[0] elements: one for
-            each leading item, the element index restarting in each. Default: drawn from the generator.
+        seed: int in [-2**63, 2**64), taken modulo 2**64, or an int64 tensor on mu's device of one element or of
+            mu.shape[0] elements: one for each leading item, the element index restarting in each. Default: drawn from
+            the generator, as by draw_seed.
         generator: the torch.Generator that the seed is drawn from; default torch's own, which torch.manual_seed seeds.
         eps: use this noise (mu's dtype, z's shape) instead. At most one of seed, generator, eps.
         sample_shape: leading sample dims; z has shape sample_shape + mu.shape.

@@ -31,8 +31,9 @@ def randn(
 
     Args:
         size: ints, or one tuple of ints, as for torch.randn.
-        seed: int in [0, 2**63), or an int64 tensor of one element or of size[0] elements, one for each leading item,
-            the element index restarting in each. Default: drawn from the generator.
+        seed: int in [-2**63, 2**64), taken modulo 2**64, or an int64 tensor of one element or of size[0] elements, one
+            for each leading item, the element index restarting in each. Default: drawn from the generator, as by
+            draw_seed.
         generator: the torch.Generator that the seed is drawn from; default torch's own.
         out, dtype, layout, device, requires_grad, pin_memory: as for torch.randn; float16, bfloat16, float32 (made in
             float32, then rounded) or float64 (widened).
