@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops.latent import kl_divergence
+from .ops.latent import Prior, kl_divergence
+from .ops.latent.priors import as_pair
 
 __all__ = [
     "balanced_kl",
@@ -112,7 +113,7 @@ def free_bits_after_mean(kl: Tensor, floor: float) -> Tensor:
 def balanced_kl(
     mu: Tensor,
     logvar: Tensor,
-    prior: tuple[Tensor, Tensor],
+    prior: Prior,
     *,
     to_prior: float = 0.8,
     to_posterior: float = 0.2,
@@ -145,6 +146,7 @@ def balanced_kl(
         >>> rk.losses.balanced_kl(mu, logvar, prior=(torch.zeros(3), torch.zeros(3)))
         tensor([1.5000, 1.5000])
     """
+    prior = as_pair("balanced_kl", prior, options.get("param", "logvar"), options.get("min_std", 0.0))
     held = tuple(t.detach() if isinstance(t, Tensor) else t for t in prior)
     prior_side = kl_divergence(mu.detach(), logvar.detach(), prior=prior, **options)
     posterior_side = kl_divergence(mu, logvar, prior=held, **options)  # type: ignore[arg-type]

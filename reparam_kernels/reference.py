@@ -12,6 +12,7 @@ from .core.seeds import make_seed
 from .ops import latent
 from .ops.latent.arguments import make_arguments
 from .ops.latent.op import LATENT
+from .ops.latent.priors import as_pair
 from .ops.noise.formula import reference_noise
 
 __all__ = ["kl_divergence", "randn", "reparameterize", "reparameterize_kl"]
@@ -40,6 +41,9 @@ def _in_plain_torch(function: Callable[..., Any], *, z: bool = False, kl: bool =
     def plain(*args: Any, **options: Any) -> Any:
         for name in options.keys() - keywords:
             raise TypeError(f"{where}() got an unexpected keyword argument {name!r}")
+        if "prior" in options:
+            param, min_std = options.get("param", "logvar"), options.get("min_std", 0.0)
+            options["prior"] = as_pair(where, options["prior"], param, min_std)
         outputs = LATENT.in_place_of_kernels(make_arguments(where, *args, z=z, kl=kl, **options))
         return outputs if z and kl else outputs[0] if z else outputs[1]
 

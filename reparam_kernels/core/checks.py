@@ -1,5 +1,6 @@
 """The checks that ops share. Each error reads `where: what must hold; got what. Do this.`"""
 
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -69,16 +70,27 @@ def integer(where: str, name: str, value: Any, do: str) -> int:
 
 
 def number(where: str, name: str, value: Any, do: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # a number of numpy is one of these too
         raise TypeError(f"{where}: {name} must be a number; got {type(value).__name__}. {do}")
     return float(value)
 
 
+def sequence(value: Any) -> tuple[Any, ...] | None:
+    """Return the items of a tuple, a list, an array of numpy or another ordered sequence; None for anything else."""
+    if isinstance(value, (tuple, list)):
+        return tuple(value)
+    ordered = isinstance(value, Sequence) or hasattr(value, "__array__")
+    if not ordered or isinstance(value, (str, bytes, Tensor)) or getattr(value, "shape", None) == ():
+        return None
+    return tuple(value)
+
+
 def sizes(where: str, name: str, value: Any) -> tuple[int, ...]:
     do = f"Pass {name}=(5,), for example."
-    if not isinstance(value, (tuple, list)):
+    items = sequence(value)
+    if items is None:
         raise TypeError(f"{where}: {name} must be a tuple of ints; got {type(value).__name__}. {do}")
-    checked = tuple(integer(where, f"each of {name}", size, do) for size in value)
+    checked = tuple(integer(where, f"each of {name}", size, do) for size in items)
     if any(size < 0 for size in checked):
         raise ValueError(f"{where}: {name} must not be negative; got {checked}. {do}")
     return checked

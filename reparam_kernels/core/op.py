@@ -45,7 +45,7 @@ class Op(Generic[A]):
     outputs: the names of the outputs.
     formula: arguments -> outputs in plain torch, differentiable to any order; None for an output not asked for.
     gradient_formula: arguments, output gradients -> the outputs from which autograd computes the gradients to the
-        inputs. Where an output gradient is 0 and a slope is not finite, it holds the inputs constant.
+        inputs. Where an output gradient is 0 and a slope is not finite, it holds the inputs constant. None: the formula.
     shapes: arguments -> a Shape for each output, None for one not asked for.
     package: holds cpu.py and triton.py, each with forward(arguments) -> outputs and backward(arguments, output
         gradients, wanted) -> input gradients, contiguous. A gradient may have the shape to which its input expands.
@@ -67,7 +67,7 @@ class Op(Generic[A]):
     ) -> None:
         self.name, self.arguments, self.formula, self.shapes = name, arguments, formula, shapes
         self.package, self.with_noise = package, with_noise
-        self.gradient_formula = gradient_formula or (lambda arguments, grads: formula(arguments))
+        self.gradient_formula = gradient_formula
         hints = get_type_hints(arguments)
         *tensors, options = hints
         self.n_inputs, self.n_tensors, self.n_outputs = len(inputs), len(tensors), len(outputs)
@@ -99,7 +99,7 @@ class Op(Generic[A]):
         """Run the formula with noise of its own and, where only autograd looks on, with the gradients of the kernels."""
         inputs, others = arguments[: self.n_inputs], arguments[self.n_inputs : -1]
         under_autograd = any_requires_grad(inputs) and not any_requires_grad(others) and torch.is_grad_enabled()
-        if not under_autograd or torch.compiler.is_compiling() or torch_modes.in_transform():
+        if self.gradient_formula is None or not under_autograd or torch.compiler.is_compiling() or torch_modes.in_transform():
             return self.formula(arguments)
         if torch_modes.in_dispatch_mode():  # which sees the formula's own ops
             return self.formula(arguments)
@@ -124,7 +124,10 @@ class Op(Generic[A]):
         n, create_graph = self.n_inputs, torch.is_grad_enabled()
         with torch.enable_grad():
             inputs = fresh_views(arguments[:n])
-            outputs = self.gradient_formula(self.arguments._make((*inputs, *arguments[n:])), grads)
+            variables = self.arguments._make((*inputs, *arguments[n:]))
+            # autograd cannot differentiate outputs that depend on batched gradients
+            rule = None if torch_modes.is_batched_grad(*grads) else self.gradient_formula
+            outputs = self.formula(variables) if rule is None else rule(variables, grads)
             pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if y is not None and g is not None]
             asked = [t for t, want in zip(inputs, wanted, strict=True) if want and t is not None]
             if not pairs:

@@ -1,11 +1,19 @@
 """The latent layer: a sample of N(mu, sigma^2) and its KL divergence, each alone or both in one pass."""
 
+from typing import TYPE_CHECKING, Union
+
 import torch
 from torch import Tensor
 
 from ...core.execute import execute
 from .arguments import make_arguments
 from .op import LATENT
+from .priors import as_pair
+
+if TYPE_CHECKING:
+    from ...diagonal_gaussian import DiagonalGaussian
+
+Prior = Union[tuple[Tensor | float, Tensor | float], torch.distributions.Normal, "DiagonalGaussian"]
 
 
 def reparameterize(
@@ -76,7 +84,7 @@ def kl_divergence(
     logvar: Tensor,
     *,
     event_ndim: int | None = None,
-    prior: tuple[Tensor | float, Tensor | float] | None = None,
+    prior: Prior | None = None,
     param: str = "logvar",
     min_std: float = 0.0,
     clamp: tuple[float, float] | None = None,
@@ -90,7 +98,9 @@ def kl_divergence(
         event_ndim: how many trailing dims of mu the KL sums over. Default: all but the first (all, for 1-D). 0: the
             elementwise KL.
         prior: None for N(0, I), or (mu_p, second_p): tensors that expand to the shape of mu, or Python numbers; read
-            with the same param and min_std, never clamped; gradients in their own shape.
+            with the same param and min_std, never clamped; gradients in their own shape. Or a DiagonalGaussian or a
+            torch.distributions.Normal: its parameters are converted to `param`, which rounds them once to their dtype;
+            to softplus nothing is converted.
 
     Returns:
         kl in nats, float32 (float64 for float64), of shape mu.shape[:mu.dim() - event_ndim]. Relative error at most
@@ -113,7 +123,7 @@ def kl_divergence(
         logvar,
         kl=True,
         event_ndim=event_ndim,
-        prior=prior,
+        prior=as_pair("kl_divergence", prior, param, min_std),
         param=param,
         min_std=min_std,
         clamp=clamp,
@@ -131,7 +141,7 @@ def reparameterize_kl(
     eps: Tensor | None = None,
     sample_shape: tuple[int, ...] = (),
     event_ndim: int | None = None,
-    prior: tuple[Tensor | float, Tensor | float] | None = None,
+    prior: Prior | None = None,
     param: str = "logvar",
     min_std: float = 0.0,
     clamp: tuple[float, float] | None = None,
@@ -169,7 +179,7 @@ def reparameterize_kl(
         eps=eps,
         sample_shape=sample_shape,
         event_ndim=event_ndim,
-        prior=prior,
+        prior=as_pair("reparameterize_kl", prior, param, min_std),
         param=param,
         min_std=min_std,
         clamp=clamp,
