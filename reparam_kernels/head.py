@@ -9,6 +9,8 @@ from .core import checks
 from .ops.latent import Prior, kl_divergence, reparameterize_kl
 from .ops.latent.arguments import check_options
 
+torch.fx.wrap("reparameterize_kl")  # torch.fx.symbolic_trace records the call as it is
+
 OPTIONS = ("event_ndim", "param", "min_std", "clamp")  # of reparameterize_kl, fixed for the layer
 
 

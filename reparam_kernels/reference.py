@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .core import checks
 from .core.seeds import make_seed
 from .ops import latent
 from .ops.latent.arguments import make_arguments
@@ -26,6 +27,8 @@ def randn(
     device: Any = None,
 ) -> Tensor:
     """Draw the noise of reparam_kernels.randn, equal within its accuracy but not bit for bit."""
+    checks.some_size("reference.randn", size)
+    checks.float_dtype("reference.randn", dtype)
     shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
     where = torch.device(device) if device is not None else torch.get_default_device()
     seed = make_seed("reference.randn", seed, generator, where, shape[0] if shape else None)

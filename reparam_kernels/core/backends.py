@@ -79,6 +79,7 @@ def backend_for(tensor: Tensor) -> str:
         tensor: any tensor.
 
     Raises:
+        TypeError: if it is not a tensor.
         RuntimeError: REPARAM_BACKEND forces a backend that cannot take the tensor.
 
     Example:
@@ -86,4 +87,7 @@ def backend_for(tensor: Tensor) -> str:
         >>> rk.backend_for(torch.zeros(3))
         'cpu'
     """
+    if not isinstance(tensor, Tensor):
+        got = type(tensor).__name__
+        raise TypeError(f"backend_for: tensor must be a torch.Tensor; got {got}. Pass a tensor on the device in question.")
     return backend_name(tensor.device.type)

@@ -13,8 +13,7 @@ from .dtypes import FLOATS, dtype_name
 
 def floating(where: str, name: str, t: Any) -> None:
     if not isinstance(t, Tensor):
-        got = type(t).__name__
-        raise TypeError(f"{where}: {name} must be a torch.Tensor; got {got}. Wrap it with torch.as_tensor.")
+        raise TypeError(f"{where}: {name} must be a torch.Tensor; got {type(t).__name__}. {instead_of_tensor(t)}")
     if t.dtype not in FLOATS:
         raise TypeError(
             f"{where}: {name} must be float16, bfloat16, float32 or float64; got {dtype_name(t.dtype)}. "
@@ -24,6 +23,28 @@ def floating(where: str, name: str, t: Any) -> None:
         raise TypeError(
             f"{where}: {name} must be a dense (strided) tensor; got {t.layout}. Convert it with {name}.to_dense()."
         )
+
+
+def instead_of_tensor(value: Any) -> str:
+    """Return what to do about a value that should be a tensor."""
+    if isinstance(value, torch.fx.Proxy):
+        return "torch.fx.symbolic_trace cannot see into this call: mark it with torch.fx.wrap, or use torch.export."
+    if isinstance(value, torch.distributions.Distribution) or hasattr(value, "kl"):
+        return "For two distributions call torch.distributions.kl_divergence(q, p)."
+    return "Wrap it with torch.as_tensor."
+
+
+def float_dtype(where: str, dtype: Any) -> None:
+    if dtype is not None and dtype not in FLOATS:
+        got = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
+        raise TypeError(
+            f"{where}: dtype must be float16, bfloat16, float32 or float64; got {got}. Pass dtype=torch.float32."
+        )
+
+
+def some_size(where: str, size: tuple[Any, ...]) -> None:
+    if not size:
+        raise TypeError(f"{where}: size must be ints or one tuple of ints; got nothing. Pass (2, 3), for example.")
 
 
 def on_device_of_mu(where: str, name: str, t: Tensor, mu: Tensor) -> None:
@@ -126,12 +147,14 @@ def seed_tensor(where: str, seed: Tensor, device: torch.device, items: int | Non
 def one_source(where: str, seed: Any, generator: Any, eps: Any) -> None:
     given = {"seed": seed, "generator": generator, "eps": eps}
     names = [name for name, value in given.items() if value is not None]
-    if len(names) > 1:
+    if len(names) > 1 and not isinstance(generator, torch.fx.Proxy):
         raise ValueError(
             f"{where}: at most one of seed, generator and eps may be given; got {' and '.join(names)}. "
             "Keep the one that should decide the noise."
         )
     if generator is not None and not isinstance(generator, torch.Generator):
+        if isinstance(generator, torch.fx.Proxy):
+            raise TypeError(f"{where}: generator must be a torch.Generator; got Proxy. {instead_of_tensor(generator)}")
         raise TypeError(
             f"{where}: generator must be a torch.Generator; got {type(generator).__name__}. "
             "Make one with torch.Generator(device).manual_seed(0), or pass seed=."

@@ -244,8 +244,8 @@ def _take_prior(where: str, prior: Any, mu: Tensor, shape: torch.Size) -> tuple[
     """Return the two tensors of the prior, each in its own shape."""
     if not isinstance(prior, (tuple, list)) or len(prior) != 2:
         raise TypeError(
-            f"{where}: prior must be None or a pair (mu_p, second_p); got {type(prior).__name__}. "
-            "Pass prior=(mu_p, logvar_p)."
+            f"{where}: prior must be None, a pair (mu_p, second_p), a DiagonalGaussian or a Normal; "
+            f"got {type(prior).__name__}. Pass prior=(mu_p, logvar_p)."
         )
     mu_p, x_p = prior
     return _prior_tensor(where, "mu_p", mu_p, mu, shape), _prior_tensor(where, "second_p", x_p, mu, shape)

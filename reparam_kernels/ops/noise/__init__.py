@@ -52,8 +52,10 @@ def randn(
         >>> rk.randn(4, seed=7)
         tensor([ 2.9158e-04, -3.0485e-01,  1.7888e+00,  1.0679e+00])
     """
+    checks.some_size("randn", size)
+    checks.float_dtype("randn", dtype)
     result = torch.empty(*size, out=out, dtype=dtype, layout=layout, device=device, pin_memory=pin_memory)
-    checks.floating("randn", "dtype", result)
+    checks.floating("randn", "the default dtype" if out is None else "out", result)
     items = result.shape[0] if result.dim() else None
     seeds = make_seed("randn", seed, generator, result.device, items)
     with torch.no_grad():
