@@ -16,7 +16,8 @@ from . import tiles
 from .tiles import Shape, Tiling
 
 GRID_LIMIT = 2**31 - 1  # programs along x; y and z hold only 65535
-GRID_2D_WIDTH = 2**30  # programs along x of a grid that has more
+HIP_GRID_LIMIT = 2**24 - 1  # HIP limits the threads along x to less than 2^32, and a program has up to 4 waves of 64
+GRID_2D_WIDTH = 2**22  # programs along x of a grid that has more
 
 
 class TileConfig(NamedTuple):
@@ -228,7 +229,7 @@ def make_tiling(key: LaunchKey, layout: Layout, block_elements: int) -> tuple[Ti
         block = min(choices, key=lambda b: cdiv(positions, b) * b)
     rows, chunks = max(min(block_elements // block, next_power_of_2(layout.rows)), 1), cdiv(positions, block)
     blocks = cdiv(layout.rows, rows)
-    grid_2d = blocks * chunks > GRID_LIMIT
+    grid_2d = blocks * chunks > (HIP_GRID_LIMIT if key.compiler == "hip" else GRID_LIMIT)
     if grid_2d:
         grid = tiles.GRID_2D
     elif chunks == 1:

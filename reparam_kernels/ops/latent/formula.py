@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ...core.dtypes import compute_dtype
+from ...core.dtypes import compute_dtype, has_float64
 from ..noise.formula import reference_noise
 from .arguments import Arguments, Config, unpacked
 
@@ -138,4 +138,4 @@ def sigma_has_finite_slope(x: Tensor, param: str) -> Tensor:
 
 
 def widen(t: Tensor) -> Tensor:
-    return t.to(torch.float32 if t.device.type == "mps" else torch.float64)
+    return t.to(torch.float64 if has_float64(t.device) else torch.float32)
