@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 def size(text: str) -> str:
     if not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)*", text):
-        raise argparse.ArgumentTypeError(f"must be numbers with x between them; got {text!r}. Pass 512x128, for example.")
+        raise argparse.ArgumentTypeError(f"must be numbers with x between them; got {text!r}. Pass 512x128.")
     return text
 
 

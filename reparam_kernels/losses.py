@@ -146,9 +146,9 @@ def balanced_kl(
         >>> rk.losses.balanced_kl(mu, logvar, prior=(torch.zeros(3), torch.zeros(3)))
         tensor([1.5000, 1.5000])
     """
-    prior = as_pair("balanced_kl", prior, options.get("param", "logvar"), options.get("min_std", 0.0))
-    held = tuple(t.detach() if isinstance(t, Tensor) else t for t in prior)
-    prior_side = kl_divergence(mu.detach(), logvar.detach(), prior=prior, **options)
+    pair = as_pair("balanced_kl", prior, options.get("param", "logvar"), options.get("min_std", 0.0))
+    held = tuple(t.detach() if isinstance(t, Tensor) else t for t in pair)
+    prior_side = kl_divergence(mu.detach(), logvar.detach(), prior=pair, **options)
     posterior_side = kl_divergence(mu, logvar, prior=held, **options)  # type: ignore[arg-type]
     return to_prior * prior_side.clamp(min=floor) + to_posterior * posterior_side.clamp(min=floor)
 

@@ -306,7 +306,7 @@ def test_options_may_come_from_a_config(pair):
 
 @pytest.mark.parametrize("option", [{"event_ndim": True}, {"sample_shape": (True,)}, {"clamp": (True, 2.0)}], ids=str)
 def test_an_equal_key_in_a_cache_does_not_pass_a_wrong_type(option):
-    ((name, value),) = option.items()
+    (name,) = option
     as_number = {"event_ndim": 1, "sample_shape": (1,), "clamp": (1.0, 2.0)}
     rk.reparameterize_kl(MU, X, **{name: as_number[name]})
     with pytest.raises(TypeError, match="got bool"):
@@ -318,7 +318,7 @@ def test_a_trace_by_fx_runs_or_says_what_to_do():
     traced = torch.fx.symbolic_trace(head)
     assert all(map(torch.equal, traced(h, seed=5), head(h, seed=5)))
     for trace in (rk.GaussianHead(32, 2, mean_in_eval=True).eval(), lambda mu, x: rk.kl_divergence(mu, x)):
-        with pytest.raises(TypeError, match="got Proxy. torch.fx.symbolic_trace cannot see into this call: mark it"):
+        with pytest.raises(TypeError, match=r"got Proxy. torch.fx.symbolic_trace cannot see into this call: mark it"):
             torch.fx.symbolic_trace(trace)
 
 

@@ -22,8 +22,8 @@ struct Element {
   C sigma, kl, dsigma, dkl_x, dkl_mu, dkl_xp;
 };
 
-// The slope by which to multiply the gradient g. If g is 0, only the sign of the slope is kept: then g * slope is 0 even
-// if the slope is infinite or NaN, and a finite product keeps its bits.
+// The slope by which to multiply the gradient g. If g is 0, only the sign of the slope is kept: then g * slope is 0
+// even if the slope is infinite or NaN, and a finite product keeps its bits.
 REPARAM_INLINE float slope_at(float g, float slope) { return g == 0 ? __builtin_copysignf(0, slope) : slope; }
 REPARAM_INLINE double slope_at(double g, double slope) { return g == 0 ? __builtin_copysign(0, slope) : slope; }
 

@@ -117,6 +117,8 @@ def backend_for(tensor: Tensor) -> str:
         'cpu'
     """
     if not isinstance(tensor, Tensor):
-        got = type(tensor).__name__
-        raise TypeError(f"backend_for: tensor must be a torch.Tensor; got {got}. Pass a tensor on the device in question.")
+        raise TypeError(
+            f"backend_for: tensor must be a torch.Tensor; got {type(tensor).__name__}. "
+            "Pass a tensor on the device in question."
+        )
     return backend_name(tensor.device.type)

@@ -45,7 +45,7 @@ class Op(Generic[A]):
     outputs: the names of the outputs.
     formula: arguments -> outputs in plain torch, differentiable to any order; None for an output not asked for.
     gradient_formula: arguments, output gradients -> the outputs from which autograd computes the gradients to the
-        inputs. Where an output gradient is 0 and a slope is not finite, it holds the inputs constant. None: the formula.
+        inputs. Where an output gradient is 0 and a slope is not finite, it holds the inputs constant. Default: formula.
     shapes: arguments -> a Shape for each output, None for one not asked for.
     package: holds cpu.py and triton.py, each with forward(arguments) -> outputs and backward(arguments, output
         gradients, wanted) -> input gradients, contiguous. A gradient may have the shape to which its input expands.
@@ -96,12 +96,11 @@ class Op(Generic[A]):
         return self.formula(self.with_noise(arguments))
 
     def in_place_of_kernels(self, arguments: A) -> Outputs:
-        """Run the formula with noise of its own and, where only autograd looks on, with the gradients of the kernels."""
+        """Run the formula with noise of its own. In plain eager code its gradients follow the rule of the kernels."""
         inputs, others = arguments[: self.n_inputs], arguments[self.n_inputs : -1]
-        under_autograd = any_requires_grad(inputs) and not any_requires_grad(others) and torch.is_grad_enabled()
-        if self.gradient_formula is None or not under_autograd or torch.compiler.is_compiling() or torch_modes.in_transform():
-            return self.formula(arguments)
-        if torch_modes.in_dispatch_mode():  # which sees the formula's own ops
+        plain = not (torch.compiler.is_compiling() or torch_modes.in_transform() or torch_modes.in_dispatch_mode())
+        learns = torch.is_grad_enabled() and any_requires_grad(inputs) and not any_requires_grad(others)
+        if self.gradient_formula is None or not plain or not learns:
             return self.formula(arguments)
         return self.formula_function.apply(arguments, *inputs)  # type: ignore[no-any-return]
 
@@ -134,7 +133,8 @@ class Op(Generic[A]):
                 return (None,) * n
             ys, gs = zip(*pairs, strict=True)
             asked_grads = iter(torch.autograd.grad(ys, asked, gs, create_graph=create_graph, allow_unused=True))
-        return tuple(next(asked_grads) if want and t is not None else None for t, want in zip(inputs, wanted, strict=True))
+        given = zip(inputs, wanted, strict=True)
+        return tuple(next(asked_grads) if want and t is not None else None for t, want in given)
 
     # The arguments as torch's dispatcher takes them: one flat list.
 

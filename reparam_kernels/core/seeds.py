@@ -24,6 +24,7 @@ def draw_seed(device: torch.device | str | int | None = None, generator: torch.G
 
     Raises:
         TypeError: if the generator is not a torch.Generator.
+        ValueError: if a generator is given in compiled code, where torch cannot follow it.
 
     Example:
         >>> import torch, reparam_kernels as rk
@@ -33,6 +34,11 @@ def draw_seed(device: torch.device | str | int | None = None, generator: torch.G
     """
     if generator is not None:
         checks.one_source("draw_seed", None, generator, None)
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "reparam_kernels: a call in compiled code must draw from torch's own generator; got a generator. "
+                "Draw a seed outside with rk.draw_seed(generator=...), and pass seed=."
+            )
         device = torch.get_default_device() if device is None else device
         return torch.randint(2**63 - 1, (1,), device=generator.device, generator=generator).to(device)
     if torch.compiler.is_compiling():  # with this signature torch.compile draws what eager draws

@@ -77,7 +77,7 @@ def elementwise_kl(config: Config, mu: Tensor, x: Tensor, mu_p: Tensor | None, x
 def outputs(arguments: Arguments, for_z: Inputs, for_kl: Inputs) -> tuple[Tensor | None, Tensor | None]:
     config, dtype = arguments.config, arguments.mu.dtype
     z = kl = None
-    if config.z:
+    if for_z.eps is not None:
         sigma = sigma_of(for_z.x, config.param, config.min_std)
         z = (for_z.mu + sigma * for_z.eps).to(dtype).contiguous()
     if config.kl:
@@ -94,9 +94,7 @@ def formula(arguments: Arguments) -> tuple[Tensor | None, Tensor | None]:
     return outputs(arguments, inputs, inputs)
 
 
-def gradient_formula(
-    arguments: Arguments, grads: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, Tensor | None]:
+def gradient_formula(arguments: Arguments, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, Tensor | None]:
     """Compute z and kl, from which autograd computes the gradients of the kernels.
 
     Where the incoming gradient is 0 and a slope is infinite or NaN, the inputs are replaced by constants: autograd
@@ -120,15 +118,14 @@ def hold_for_z(config: Config, inputs: Inputs, dz: Tensor) -> Inputs:
 def hold_for_kl(config: Config, inputs: Inputs, dkl: Tensor) -> Inputs:
     shape = inputs.mu.shape
     dkl = dkl.reshape(*dkl.shape, *[1] * config.event_ndim)
-    tensors = [None if t is None else t.expand(shape) for t in inputs[:4]]
-    variables = [t for t in tensors if t is not None and t.requires_grad]
-    slopes = torch.autograd.grad(elementwise_kl(config, *tensors).sum(), variables)
-    finite = reduce(torch.logical_and, (slope.isfinite() for slope in slopes))
-    held = (dkl == 0) & ~finite
-    mu, x, mu_p, x_p = (
-        None if t is None else torch.where(held, constant, t) for constant, t in zip((0, 1, 0, 1), tensors, strict=True)
-    )
-    return inputs._replace(mu=mu, x=x, mu_p=mu_p, x_p=x_p)
+    mu, x = inputs.mu, inputs.x
+    mu_p, x_p = (None if t is None else t.expand(shape) for t in (inputs.mu_p, inputs.x_p))
+    variables = [t for t in (mu, x, mu_p, x_p) if t is not None and t.requires_grad]
+    slopes = torch.autograd.grad(elementwise_kl(config, mu, x, mu_p, x_p).sum(), variables)
+    held = (dkl == 0) & ~reduce(torch.logical_and, (slope.isfinite() for slope in slopes))
+    mu_p = None if mu_p is None else torch.where(held, 0, mu_p)
+    x_p = None if x_p is None else torch.where(held, 1, x_p)
+    return inputs._replace(mu=torch.where(held, 0, mu), x=torch.where(held, 1, x), mu_p=mu_p, x_p=x_p)
 
 
 def sigma_has_finite_slope(x: Tensor, param: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Distributions as priors: the pair of tensors, read as the posterior's second argument is, that a distribution holds."""
+"""Distributions as priors: their parameters, in the parameterisation of the posterior."""
 
 from typing import Any
 
@@ -30,8 +30,6 @@ def converted(where: str, x: Tensor, given: tuple[str, float], asked: tuple[str,
             f"got {given}. Give both distributions the same parameterisation."
         )
     wide = x.to(compute_dtype(x.dtype))
-    if param == "std":
-        second = sigma_of(wide, *given)
-    else:
-        second = log_sigma(wide, *given) * (2 if param == "logvar" else 1)
+    scale = 2 if param == "logvar" else 1
+    second = sigma_of(wide, *given) if param == "std" else scale * log_sigma(wide, *given)
     return second if x.dim() == 0 else second.to(x.dtype)

@@ -11,7 +11,16 @@ from torch import Tensor
 from ...core.dtypes import compute_dtype, has_float64
 from ...gpu.gaussian import Options
 from ...gpu.launch import compiler, launch, operand
-from ...gpu.plan import GRID_LIMIT, HIP_GRID_LIMIT, LaunchKey, Plan, next_power_of_2, plan_launch, run_time_numbers, views_of
+from ...gpu.plan import (
+    GRID_LIMIT,
+    HIP_GRID_LIMIT,
+    LaunchKey,
+    Plan,
+    next_power_of_2,
+    plan_launch,
+    run_time_numbers,
+    views_of,
+)
 from ...gpu.tiles import GradStrides, Operand
 from . import triton_kernels as kernels
 from .arguments import PARAMS, Arguments, Config, empty_prior_gradient, expanded_prior, unpacked
@@ -78,7 +87,7 @@ def sum_parts(parts: Tensor, kl: Tensor) -> None:
     constants = {"BLOCK": min(next_power_of_2(count), 1024), "num_warps": 4, "enable_fp_fusion": False}
     constants["FLOAT64"] = has_float64(kl.device)
     most = min(kl.numel(), HIP_GRID_LIMIT if compiler() == "hip" else GRID_LIMIT)
-    for some_parts, some_kl in zip(parts.split(most * count), kl.view(-1).split(most), strict=True):
+    for some_parts, some_kl in zip(torch.split(parts, most * count), torch.split(kl.view(-1), most), strict=True):
         launch(kernels.row_sum_kernel, (some_kl.numel(),), kl.device, some_parts, some_kl, count, **constants)
 
 
