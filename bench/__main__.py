@@ -4,6 +4,7 @@ import argparse
 import csv
 import math
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -28,20 +29,29 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 Row = dict[str, Any]
 
 
+def size(text: str) -> str:
+    if not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)*", text):
+        raise argparse.ArgumentTypeError(f"must be numbers with x between them; got {text!r}. Pass 512x128.")
+    return text
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "--op", nargs="+", choices=[*providers.OPS, "noise", "step"], default=["latent", "noise", "step"]
     )
-    parser.add_argument("--size", nargs="+", default=None, help=f"as 512x128 or 16x4x64x64; default: {' '.join(SIZES)}")
+    parser.add_argument("--size", nargs="+", type=size, help=f"as 512x128 or 16x4x64x64; default: {' '.join(SIZES)}")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--providers", nargs="+", default=PROVIDERS)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--device", default="cpu", help="as torch names it; default: cpu")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads on the CPU; default: 1")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS, help="what is timed")
+    parser.add_argument("--rounds", type=int, default=40, help="of all providers in turn; default: 40")
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds, no compiler")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     args = parser.parse_args()
+    why = backends.unusable(args.device)
+    if why is not None:
+        parser.error(f"--device: must be a device that torch can use here; got {args.device!r}: {why}")
     if args.quick:
         args.rounds = min(args.rounds, 12)
         args.providers = [p for p in args.providers if not p.startswith("compile")]

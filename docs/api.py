@@ -37,6 +37,9 @@ def page() -> str:
         out += [f"### {name}\n", f"```text\n{name.rpartition('.')[2]}{signature(thing)}\n\n{text}\n```\n"]
         if inspect.isclass(thing):
             for key, member in vars(thing).items():
+                if isinstance(member, property) and member.__doc__:
+                    out.append(f"- `.{key}`: {inspect.getdoc(member)}")
+                    continue
                 member = inspect.unwrap(getattr(member, "__func__", member))
                 if not key.startswith("_") and inspect.isfunction(member) and member.__doc__:
                     out.append(f"- `.{key}{signature(member)}`: {inspect.getdoc(member)}")

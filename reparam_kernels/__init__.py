@@ -5,6 +5,7 @@ The noise is a function of a seed: it is regenerated in the backward pass, never
 
 from . import distributions, integrations, losses, reference, testing
 from .core.backends import backend_for
+from .core.seeds import draw_seed
 from .diagonal_gaussian import DiagonalGaussian
 from .head import GaussianHead
 from .ops.latent import (
@@ -22,6 +23,7 @@ __all__ = [
     "GaussianHead",
     "backend_for",
     "distributions",
+    "draw_seed",
     "integrations",
     "kl_divergence",
     "losses",

@@ -36,8 +36,9 @@ def triton_line() -> str:
     why = backends.triton_missing()
     if why is not None:
         return f"missing: {why}"
-    if torch.cuda.is_available():
-        return f"on {torch.cuda.get_device_name()}"
+    for gpu in (torch.cuda, torch.xpu):
+        if gpu.is_available():
+            return f"on {gpu.get_device_name()}, {backends.architecture(gpu.__name__.rpartition('.')[2])}"
     if backends.interpreting():
         return "in the interpreter, on CPU tensors with REPARAM_BACKEND=triton"
     return "installed; torch sees no GPU"
@@ -68,6 +69,9 @@ def main() -> int:
     if args.command == "selftest":
         from . import selftest
 
+        why = backends.unusable(args.device)
+        if why is not None:
+            command.error(f"--device: must be a device that torch can use here; got {args.device!r}: {why}")
         return selftest.main(args.device)
     if args.command == "profile":
         return profiling.main(args, profile)

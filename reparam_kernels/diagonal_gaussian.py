@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributions
 
 from .core import checks
 from .core.dtypes import compute_dtype
@@ -12,6 +12,7 @@ from .core.execute import execute
 from .ops.latent.arguments import Arguments, Density, make_arguments, unpacked
 from .ops.latent.formula import log_sigma, sigma_of
 from .ops.latent.op import LATENT
+from .ops.latent.priors import as_pair, converted
 
 
 class DiagonalGaussian:
@@ -65,7 +66,12 @@ class DiagonalGaussian:
         """Make the posterior of a packed encoder output: mu is the first half of `dim`, logvar the second."""
         where = "DiagonalGaussian.from_moments"
         checks.floating(where, "moments", moments)
-        if not -moments.dim() <= dim < moments.dim() or moments.shape[dim] % 2:
+        if not -moments.dim() <= dim < moments.dim():
+            raise ValueError(
+                f"{where}: dim must be one of the {moments.dim()} dims of moments; got {dim}, and moments of shape "
+                f"{tuple(moments.shape)}. Pass the dim that holds mu and logvar."
+            )
+        if moments.shape[dim] % 2:
             raise ValueError(
                 f"{where}: moments must have an even size in dim {dim}; got shape {tuple(moments.shape)}. "
                 "Let the encoder's last layer give twice the latent channels."
@@ -83,24 +89,19 @@ class DiagonalGaussian:
             asked["event_ndim"] = self._event_ndim
         return make_arguments("DiagonalGaussian", mu, x, packed=packed, **asked, **self._options)
 
-    def _prior(self, other: "DiagonalGaussian | None") -> tuple[Tensor, Tensor] | None:
-        if other is None:
-            return None
-        if not isinstance(other, DiagonalGaussian):
+    def _prior(self, other: "DiagonalGaussian | distributions.Normal | None") -> tuple[Tensor, Tensor] | None:
+        if other is not None and not isinstance(other, (DiagonalGaussian, distributions.Normal)):
             raise TypeError(
-                f"DiagonalGaussian.kl: other must be a DiagonalGaussian; got {type(other).__name__}. "
-                "Make one of the prior's mu and logvar; sample_shape goes by its keyword."
+                "DiagonalGaussian.kl: other must be a DiagonalGaussian or a torch.distributions.Normal; "
+                f"got {type(other).__name__}. Make one of the prior's mu and logvar; sample_shape goes by its keyword."
             )
-        same = {key: value for key, value in self._options.items() if key != "clamp"}
-        if any(other._options[key] != value for key, value in same.items()):
-            raise ValueError(
-                "DiagonalGaussian.kl: other must have the same param and min_std; "
-                f"got {other._options['param']}, {other._options['min_std']}. "
-                "Give both distributions the same parameterisation."
-            )
-        mu, x = unpacked(other._view)
-        clamp = other._options["clamp"]
-        return mu, x if clamp is None else x.clamp(*clamp)
+        pair = as_pair("DiagonalGaussian.kl", other, self._options["param"], self._options["min_std"])
+        return pair  # type: ignore[no-any-return]
+
+    def _pair(self, where: str, param: str, min_std: float) -> tuple[Tensor, Tensor]:
+        """Return mu and the second argument, converted to another parameterisation; for ops/latent/priors.py."""
+        given = (self._options["param"], self._options["min_std"])
+        return self.mean, converted(where, self._x(), given, (param, min_std))
 
     def rsample(
         self,
@@ -126,13 +127,16 @@ class DiagonalGaussian:
         with torch.no_grad():
             return self.rsample(sample_shape, seed=seed, generator=generator, eps=eps)
 
-    def kl(self, other: "DiagonalGaussian | None" = None) -> Tensor:
-        """Compute KL(self || other), with gradients to both; other is N(0, I) by default."""
+    def kl(self, other: "DiagonalGaussian | distributions.Normal | None" = None) -> Tensor:
+        """Compute KL(self || other), with gradients to both; other is N(0, I) by default.
+
+        It is a DiagonalGaussian or a torch.distributions.Normal that expands to the shape of mu.
+        """
         return execute(LATENT, self._arguments(kl=True, prior=self._prior(other)))[1]  # type: ignore[return-value]
 
     def rsample_kl(
         self,
-        other: "DiagonalGaussian | None" = None,
+        other: "DiagonalGaussian | distributions.Normal | None" = None,
         sample_shape: tuple[int, ...] = (),
         *,
         seed: Any = None,
@@ -176,17 +180,32 @@ class DiagonalGaussian:
     def log_prob(self, z: Tensor) -> Tensor:
         """Compute log N(z; mu, sigma^2) in nats, summed over the event dims, in float32 (float64 for float64)."""
         checks.floating("DiagonalGaussian.log_prob", "z", z)
-        dtype = compute_dtype(self.mean.dtype)
-        mu, x = self.mean.to(dtype), self._x().to(dtype)
-        l = log_sigma(x, self._options["param"], self._options["min_std"])  # noqa: E741
-        sigma = sigma_of(x, self._options["param"], self._options["min_std"])
-        out = -(((z.to(dtype) - mu) / sigma) ** 2) / 2 - l - math.log(2 * math.pi) / 2
-        dims = self._view.config.event_ndim
-        return out.sum(dim=tuple(range(-dims, 0))) if dims else out
+        mu = self.mean
+        if z.shape[max(z.dim() - mu.dim(), 0) :] != mu.shape:
+            raise ValueError(
+                f"DiagonalGaussian.log_prob: z must have the shape of mu, after any sample dims; got mu "
+                f"{tuple(mu.shape)}, z {tuple(z.shape)}. Expand z before the call."
+            )
+        dtype = compute_dtype(mu.dtype)
+        sigma = sigma_of(self._x().to(dtype), self._options["param"], self._options["min_std"])
+        squares = ((z.to(dtype) - mu.to(dtype)) / sigma) ** 2
+        return self._sum(-squares / 2 - self._log_std() - math.log(2 * math.pi) / 2)
+
+    def entropy(self) -> Tensor:
+        """Compute the entropy in nats, summed over the event dims, in float32 (float64 for float64)."""
+        return self._sum(self._log_std() + (1 + math.log(2 * math.pi)) / 2)
 
     def mode(self) -> Tensor:
         """Return a copy of mu, which may be changed in place, as a sample may."""
         return self.mean.clone(memory_format=torch.contiguous_format)
+
+    def _sum(self, values: Tensor) -> Tensor:
+        dims = len(self.event_shape)
+        return values.sum(dim=tuple(range(-dims, 0))) if dims else values
+
+    def _log_std(self) -> Tensor:
+        x = self._x()
+        return log_sigma(x.to(compute_dtype(x.dtype)), self._options["param"], self._options["min_std"])
 
     def _x(self) -> Tensor:
         x = unpacked(self._view)[1]
@@ -208,6 +227,27 @@ class DiagonalGaussian:
     @property
     def logvar(self) -> Tensor:
         """2 log sigma in mu's dtype, clamped if asked."""
-        x = self._x()
-        log_std = log_sigma(x.to(compute_dtype(x.dtype)), self._options["param"], self._options["min_std"])
-        return (2 * log_std).to(x.dtype)
+        return (2 * self._log_std()).to(self.mean.dtype)
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The dims of mu that kl, log_prob and entropy keep."""
+        shape = self.mean.shape
+        return shape[: len(shape) - self._view.config.event_ndim]
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """The dims of mu that kl, log_prob and entropy sum over."""
+        return self.mean.shape[len(self.batch_shape) :]
+
+    def __repr__(self) -> str:
+        shapes = f"batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)}"
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        return f"DiagonalGaussian({shapes}, {options}, dtype={self.mean.dtype}, device={self.mean.device})"
+
+
+@distributions.register_kl(DiagonalGaussian, DiagonalGaussian)  # type: ignore[no-untyped-call, untyped-decorator]
+@distributions.register_kl(DiagonalGaussian, distributions.Normal)  # type: ignore[no-untyped-call, untyped-decorator]
+def _kl(p: DiagonalGaussian, q: DiagonalGaussian | distributions.Normal) -> Tensor:
+    """For torch.distributions.kl_divergence."""
+    return p.kl(q)

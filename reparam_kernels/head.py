@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from .core import checks
-from .ops.latent import kl_divergence, reparameterize_kl
+from .ops.latent import Prior, kl_divergence, reparameterize_kl
+from .ops.latent.arguments import check_options
+
+torch.fx.wrap("reparameterize_kl")  # torch.fx.symbolic_trace records the call as it is
 
 OPTIONS = ("event_ndim", "param", "min_std", "clamp")  # of reparameterize_kl, fixed for the layer
 
@@ -25,7 +28,7 @@ class GaussianHead(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        TypeError, ValueError: as reparameterize_kl, at the first call.
+        TypeError, ValueError: as reparameterize_kl; at once for param, min_std and clamp.
 
     Source:
         Kingma and Welling, "Auto-Encoding Variational Bayes", 2014, appendix C.
@@ -51,6 +54,7 @@ class GaussianHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_options("GaussianHead", event_ndim, param, min_std, clamp)
         self.mu = nn.Linear(in_features, latent_features, device=device, dtype=dtype)
         self.logvar = nn.Linear(in_features, latent_features, device=device, dtype=dtype)
         self.mean_in_eval = mean_in_eval
@@ -64,7 +68,7 @@ class GaussianHead(nn.Module):
         generator: torch.Generator | None = None,
         eps: Tensor | None = None,
         sample_shape: tuple[int, ...] = (),
-        prior: Any = None,
+        prior: Prior | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Map h (..., in_features) to z (..., latent_features) and kl; the keywords are those of reparameterize_kl."""
         mu, x = self.mu(h), self.logvar(h)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops.latent import kl_divergence
+from .ops.latent import Prior, kl_divergence
+from .ops.latent.priors import as_pair
 
 __all__ = [
     "balanced_kl",
@@ -112,7 +113,7 @@ def free_bits_after_mean(kl: Tensor, floor: float) -> Tensor:
 def balanced_kl(
     mu: Tensor,
     logvar: Tensor,
-    prior: tuple[Tensor, Tensor],
+    prior: Prior,
     *,
     to_prior: float = 0.8,
     to_posterior: float = 0.2,
@@ -145,8 +146,9 @@ def balanced_kl(
         >>> rk.losses.balanced_kl(mu, logvar, prior=(torch.zeros(3), torch.zeros(3)))
         tensor([1.5000, 1.5000])
     """
-    held = tuple(t.detach() if isinstance(t, Tensor) else t for t in prior)
-    prior_side = kl_divergence(mu.detach(), logvar.detach(), prior=prior, **options)
+    pair = as_pair("balanced_kl", prior, options.get("param", "logvar"), options.get("min_std", 0.0))
+    held = tuple(t.detach() if isinstance(t, Tensor) else t for t in pair)
+    prior_side = kl_divergence(mu.detach(), logvar.detach(), prior=pair, **options)
     posterior_side = kl_divergence(mu, logvar, prior=held, **options)  # type: ignore[arg-type]
     return to_prior * prior_side.clamp(min=floor) + to_posterior * posterior_side.clamp(min=floor)
 
@@ -158,14 +160,14 @@ def linear_beta(step: int, steps: int, beta: float = 1.0) -> float:
 
     Args:
         step: steps done.
-        steps: length of the warm-up, positive.
+        steps: length of the warm-up; 0: the weight is beta from step 0 on.
         beta: the final weight.
 
     Returns:
         The weight, a float.
 
     Raises:
-        ValueError: steps is not positive.
+        ValueError: steps is negative.
 
     Source:
         Bowman, Vilnis, Vinyals, Dai, Jozefowicz, Bengio, "Generating Sentences from a Continuous Space", 2016; the
@@ -176,8 +178,8 @@ def linear_beta(step: int, steps: int, beta: float = 1.0) -> float:
         >>> [rk.losses.linear_beta(step, 4) for step in (0, 1, 4, 9)]
         [0.0, 0.25, 1.0, 1.0]
     """
-    check_positive("linear_beta", "steps", steps)
-    return beta * min(1.0, step / steps)
+    check_not_negative("linear_beta", "steps", steps)
+    return beta * risen(step, steps)
 
 
 def cyclical_beta(step: int, steps: int, cycles: int = 4, ratio: float = 0.5, beta: float = 1.0) -> float:
@@ -187,16 +189,16 @@ def cyclical_beta(step: int, steps: int, cycles: int = 4, ratio: float = 0.5, be
 
     Args:
         step: steps done.
-        steps: length of the training, positive; after it the weight is beta.
-        cycles: the number of equal cycles.
-        ratio: the part of a cycle in which the weight rises, in (0, 1].
+        steps: length of the training; after it the weight is beta.
+        cycles: the number of equal cycles, positive.
+        ratio: the part of a cycle in which the weight rises, in [0, 1]; 0: the weight is always beta.
         beta: the highest weight.
 
     Returns:
         The weight, a float.
 
     Raises:
-        ValueError: if steps, cycles or ratio is not positive.
+        ValueError: if steps or ratio is negative, or cycles is not positive.
 
     Source:
         Fu, Li, Liu, Gao, Celikyilmaz, Carin, "Cyclical Annealing Schedule: A Simple Approach to Mitigating KL
@@ -207,13 +209,13 @@ def cyclical_beta(step: int, steps: int, cycles: int = 4, ratio: float = 0.5, be
         >>> [rk.losses.cyclical_beta(step, 8, cycles=2) for step in range(9)]
         [0.0, 0.5, 1.0, 1.0, 0.0, 0.5, 1.0, 1.0, 1.0]
     """
-    check_positive("cyclical_beta", "steps", steps)
-    check_positive("cyclical_beta", "cycles", cycles)
-    check_positive("cyclical_beta", "ratio", ratio)
+    check_not_negative("cyclical_beta", "steps", steps)
+    check_not_negative("cyclical_beta", "ratio", ratio)
+    if not cycles > 0:
+        raise ValueError(f"cyclical_beta: cycles must be positive; got {cycles}. Pass 1 for a single rise.")
     if step >= steps:
         return beta
-    tau = math.fmod(step * cycles, steps) / steps
-    return beta * min(1.0, tau / ratio)
+    return beta * risen(math.fmod(step * cycles, steps) / steps, ratio)
 
 
 def capacity(step: int, steps: int, final: float) -> float:
@@ -223,14 +225,14 @@ def capacity(step: int, steps: int, final: float) -> float:
 
     Args:
         step: steps done.
-        steps: length of the rise, positive.
+        steps: length of the rise; 0: C is final from step 0 on.
         final: the capacity at the end of the rise, in nats.
 
     Returns:
         C, a float.
 
     Raises:
-        ValueError: steps is not positive.
+        ValueError: steps is negative.
 
     Source:
         Burgess et al., "Understanding disentangling in beta-VAE", 2018.
@@ -240,8 +242,8 @@ def capacity(step: int, steps: int, final: float) -> float:
         >>> [rk.losses.capacity(step, 100, 25.0) for step in (0, 50, 200)]
         [0.0, 12.5, 25.0]
     """
-    check_positive("capacity", "steps", steps)
-    return final * min(1.0, step / steps)
+    check_not_negative("capacity", "steps", steps)
+    return final * risen(step, steps)
 
 
 def capacity_loss(kl: Tensor, nats: float, gamma: float) -> Tensor:
@@ -274,7 +276,7 @@ def capacity_loss(kl: Tensor, nats: float, gamma: float) -> Tensor:
 def masked_mean(kl: Tensor, mask: Tensor) -> Tensor:
     """Sum over the unmasked positions and divide by their number. Channels that share a mask add up.
 
-        loss = sum(kl mask) / sum(mask)
+        loss = sum(kl mask) / sum(mask), and 0 if the mask is 0 everywhere
 
     Args:
         kl: elementwise, for example (B, C, T).
@@ -282,7 +284,7 @@ def masked_mean(kl: Tensor, mask: Tensor) -> Tensor:
             The divisor is the sum of the mask itself, so every position of (B, T) counts once, whatever C is.
 
     Returns:
-        A scalar. Masked elements do not affect it, even if they are NaN.
+        A scalar. Masked elements affect neither it nor a gradient, even if they are infinite or NaN.
 
     Raises:
         ValueError: if the mask does not broadcast to kl.
@@ -302,9 +304,16 @@ def masked_mean(kl: Tensor, mask: Tensor) -> Tensor:
             f"got kl {tuple(kl.shape)}, mask {tuple(mask.shape)}. "
             "Give it size 1 in the dims that share it, usually the channels."
         )
-    return torch.where(mask == 0, 0.0, kl * mask).sum() / mask.sum()
+    masked = mask == 0
+    total = (torch.where(masked, 0.0, kl) * mask).sum()
+    return total / torch.where(masked.all(), 1, mask.sum())
 
 
-def check_positive(where: str, name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{where}: {name} must be positive; got {value}. Pass a positive number.")
+def risen(done: float, length: float) -> float:
+    """Return the part of a rise that is done, at most 1. A rise of length 0 is over."""
+    return min(1.0, done / length) if length > 0 else 1.0
+
+
+def check_not_negative(where: str, name: str, value: float) -> None:
+    if not value >= 0:
+        raise ValueError(f"{where}: {name} must not be negative; got {value}. Pass 0 for no rise.")

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .core import checks
 from .core.seeds import make_seed
 from .ops import latent
 from .ops.latent.arguments import Density, make_arguments
 from .ops.latent.op import LATENT
+from .ops.latent.priors import as_pair
 from .ops.noise.formula import reference_noise
 
 __all__ = [
@@ -32,6 +34,8 @@ def randn(
     device: Any = None,
 ) -> Tensor:
     """Draw the noise of reparam_kernels.randn, equal within its accuracy but not bit for bit."""
+    checks.some_size("reference.randn", size)
+    checks.float_dtype("reference.randn", dtype)
     shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
     where = torch.device(device) if device is not None else torch.get_default_device()
     seed = make_seed("reference.randn", seed, generator, where, shape[0] if shape else None)
@@ -46,12 +50,15 @@ def _in_plain_torch(
     keywords = inspect.signature(function).parameters.keys()
 
     @wraps(function)
-    def plain(*args: Any, **options: Any) -> Any:
+    def plain(mu: Tensor, logvar: Tensor, **options: Any) -> Any:
         for name in options.keys() - keywords:
             raise TypeError(f"{where}() got an unexpected keyword argument {name!r}")
         if density is not None:
             options["density"] = density(**{name: options.pop(name) for name in Density._fields if name in options})
-        arguments = make_arguments(where, *args, z=z, kl=kl, **options)
+        if "prior" in options:
+            param, min_std = options.get("param", "logvar"), options.get("min_std", 0.0)
+            options["prior"] = as_pair(where, options["prior"], param, min_std)
+        arguments = make_arguments(where, mu, logvar, z, kl, **options)
         outputs = [t for t in LATENT.in_place_of_kernels(arguments) if t is not None]
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
 

@@ -61,7 +61,9 @@ def check_a_plan_passes_the_bytes_that_triton_passes(stub):
         nonlocal direct
 
         def by_triton(*tensors):
-            return launcher.launch(launch.kernel, launch.grid, launch.device, *tensors, *launch.arguments, **launch.options)
+            return launcher.launch(
+                launch.kernel, launch.grid, launch.device, *tensors, *launch.arguments, **launch.options
+            )
 
         compiled = by_triton(*tensors)
         direct += launch._run is not None

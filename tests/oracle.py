@@ -20,7 +20,7 @@ def philox(counter, key):
 def words(seed, first, count):
     """Return the radius and angle words of the pairs of counters first, first + 1, ..., as uint32."""
     c = np.uint64(first) + np.arange(count, dtype=np.uint64)
-    x = philox([c & MASK, c >> HALF, 0 * c, 0 * c], [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)])
+    x = philox([c & MASK, c >> HALF, 0 * c, 0 * c], [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32 & 0xFFFFFFFF)])
     radius, angle = np.stack([x[0], x[2]], -1), np.stack([x[1], x[3]], -1)
     return radius.reshape(-1).astype(np.uint32), angle.reshape(-1).astype(np.uint32)
 

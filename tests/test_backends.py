@@ -142,3 +142,39 @@ print(team() - alone)
 print(len({line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line or "libomp" in line}))
 """
     assert python(code).split() == ["0", "1", "1"]
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["reparam_kernels", "selftest", "--device", "hip"], "must be a device that torch can use here; got 'hip': "),
+        (["bench", "--device", "hip"], "--device: must be a device that torch can use here; got 'hip': "),
+        (["bench", "--size", "32,64"], "must be numbers with x between them; got '32,64'. Pass 512x128."),
+        (["bench", "--providers", "foo"], "invalid choice: 'foo'"),
+    ],
+)
+def test_a_wrong_option_of_a_command_is_no_traceback(command, says):
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_gpu_that_triton_does_not_take_runs_in_plain_torch_and_says_why(monkeypatch):
+    """torch is asked about the GPU; a stub answers for one of compute capability 6.1."""
+    from reparam_kernels.core import backends
+
+    monkeypatch.setattr(backends, "FORCED", None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (6, 1))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Old GPU")
+    backends.backend_name.cache_clear()
+    with pytest.warns(UserWarning, match="on cuda, slower: Old GPU has compute capability 6.1, and Triton needs 7.0"):
+        assert backends.backend_name("cuda") == "reference"
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    backends.backend_name.cache_clear()
+    assert backends.backend_name("cuda") == "triton"
+    backends.backend_name.cache_clear()
+    from reparam_kernels.__main__ import triton_line
+
+    assert triton_line() == "on Old GPU, compute capability 9.0"

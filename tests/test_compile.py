@@ -433,3 +433,26 @@ def test_without_kernels_the_formula_is_compiled(monkeypatch):
     assert not any("reparam" in name for name in seen)
     for g, w in zip(got, rk.reference.reparameterize_kl(*leaves, seed=7), strict=True):
         torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("settings", [{"activation_memory_budget": 0.0}, {"aggressive_recomputation": True}], ids=str)
+def test_a_seed_from_outside_survives_a_recomputed_forward(settings):
+    """torch redraws a seed that is drawn inside, since randint is not in its list of random ops."""
+
+    def loss(mu, x, seed):
+        z = rk.reparameterize(mu.sin(), x, seed=seed)
+        return z.sin() * z.cos()
+
+    leaves, seed = inputs(8, 5), rk.draw_seed()
+    want = torch.autograd.grad(loss(*leaves, seed).sum(), leaves)
+    with torch._functorch.config.patch(**settings):
+        compiled = torch.compile(loss, backend="aot_eager_decomp_partition", fullgraph=True)
+        got = torch.autograd.grad(compiled(*leaves, seed).sum(), leaves)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64 - 1])
+def test_every_int_seed_compiles(seed):
+    mu, x = inputs(4, 3, requires_grad=False)
+    compiled = torch.compile(lambda mu, x, seed: rk.reparameterize(mu, x, seed=seed), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(mu, x, seed), rk.reparameterize(mu, x, seed=seed))

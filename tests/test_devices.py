@@ -1,11 +1,13 @@
 """Outputs, seeds and numbers are on the device of the inputs, not on the CPU or on torch's default device."""
 
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributions as td
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reparam_kernels as rk
 from reparam_kernels import selftest
@@ -13,7 +15,7 @@ from reparam_kernels.distributions import Normal
 from reparam_kernels.integrations import diffusers, ldm
 from reparam_kernels.ops.latent.arguments import make_arguments
 from reparam_kernels.ops.latent.op import LATENT
-from tests.conftest import RequiresDevice
+from tests.conftest import RequiresDevice, forget, use_backend
 
 GENERATOR = torch.Generator()
 PRIOR = td.Normal(0.0, 1.0)
@@ -161,3 +163,31 @@ def test_the_mode_finds_a_tensor_made_without_a_device(monkeypatch):
         torch.zeros(2)  # made by the test
         with pytest.raises(AssertionError, match=r"reparam_kernels\.made:2: zeros must say on which device"):
             scope["leak"]()
+
+
+def test_a_device_without_float64_sums_and_runs_the_formula_in_float32(monkeypatch):
+    """The CPU stands for the device: in the interpreter for the kernels, and for the formula."""
+    from reparam_kernels.core import dtypes
+    from reparam_kernels.ops.latent import formula
+    from reparam_kernels.ops.latent import triton as launcher
+
+    for module in (dtypes, formula, launcher):
+        monkeypatch.setattr(module, "has_float64", lambda device: False)
+    mu = torch.full((2, 70_000), 0.1)
+    x = torch.linspace(-1, 1, 70_000).expand(2, -1)
+    want = ((mu.double() ** 2 + x.double().expm1() - x.double()) / 2).sum(-1)
+    for backend, rtol in (("triton", 2e-7), ("reference", 1e-5)):
+        use_backend(monkeypatch, backend)
+        with NoFloat64() if backend == "reference" else nullcontext():
+            kl = rk.kl_divergence(mu, x)
+        torch.testing.assert_close(kl.double(), want, rtol=rtol, atol=0.0)
+    forget()
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses to make a float64 tensor."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        assert not isinstance(out, torch.Tensor) or out.dtype != torch.float64, func
+        return out

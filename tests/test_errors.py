@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from reparam_kernels.ops.latent.arguments import make_arguments
 pytestmark = pytest.mark.usefixtures("says_where")
 
 MU, X = torch.zeros(64, 32), torch.zeros(64, 32)
-ASK_SEED = "Pass an int in [0, 2**63), or an int64 tensor on mu's device."
+ASK_SEED = "Pass an int in [-2**63, 2**64), or an int64 tensor on mu's device."
 
 CASES = {
     "shape": (
@@ -95,14 +96,15 @@ CASES = {
         "Make one with torch.Generator(device).manual_seed(0), or pass seed=.",
     ),
     "negative seed": (
-        lambda: rk.reparameterize(MU, X, seed=-1),
+        lambda: rk.reparameterize(MU, X, seed=-(2**63) - 1),
         ValueError,
-        "reparameterize: seed must lie in [0, 2**63); got -1. Reduce it, for example modulo 2**63.",
+        "reparameterize: seed must lie in [-2**63, 2**64); got -9223372036854775809. "
+        "Reduce it, for example modulo 2**64.",
     ),
     "large seed": (
-        lambda: rk.randn(3, seed=2**63),
+        lambda: rk.randn(3, seed=2**64),
         ValueError,
-        "randn: seed must lie in [0, 2**63); got 9223372036854775808. Reduce it, for example modulo 2**63.",
+        "randn: seed must lie in [-2**63, 2**64); got 18446744073709551616. Reduce it, for example modulo 2**64.",
     ),
     "float seed": (
         lambda: rk.reparameterize(MU, X, seed=1.0),
@@ -193,7 +195,8 @@ CASES = {
     "prior": (
         lambda: rk.kl_divergence(MU, X, prior=3.0),
         TypeError,
-        "kl_divergence: prior must be None or a pair (mu_p, second_p); got float. Pass prior=(mu_p, logvar_p).",
+        "kl_divergence: prior must be None, a pair (mu_p, second_p), a DiagonalGaussian or a Normal; got float. "
+        "Pass prior=(mu_p, logvar_p).",
     ),
     "prior number": (
         lambda: rk.kl_divergence(MU, X, prior=(0.0, math.inf)),
@@ -223,16 +226,61 @@ CASES = {
         "DiagonalGaussian.from_moments: moments must have an even size in dim 1; got shape (2, 5). "
         "Let the encoder's last layer give twice the latent channels.",
     ),
-    "other's param": (
-        lambda: rk.DiagonalGaussian(MU, X).kl(rk.DiagonalGaussian(MU, X + 1, param="std")),
+    "moments dim": (
+        lambda: rk.DiagonalGaussian.from_moments(torch.zeros(2, 4), dim=9),
         ValueError,
-        "DiagonalGaussian.kl: other must have the same param and min_std; got std, 0.0. "
-        "Give both distributions the same parameterisation.",
+        "DiagonalGaussian.from_moments: dim must be one of the 2 dims of moments; got 9, and moments of shape (2, 4). "
+        "Pass the dim that holds mu and logvar.",
+    ),
+    "other's param": (
+        lambda: rk.DiagonalGaussian(MU, X, param="softplus").kl(rk.DiagonalGaussian(MU, X + 1, param="std")),
+        ValueError,
+        "DiagonalGaussian.kl: a prior for a posterior with param softplus must have its param and min_std, "
+        "('softplus', 0.0); got ('std', 0.0). Give both distributions the same parameterisation.",
+    ),
+    "log_prob": (
+        lambda: rk.DiagonalGaussian(MU, X).log_prob(torch.zeros(3)),
+        ValueError,
+        "DiagonalGaussian.log_prob: z must have the shape of mu, after any sample dims; got mu (64, 32), z (3,). "
+        "Expand z before the call.",
+    ),
+    "two distributions": (
+        lambda: rk.kl_divergence(torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(0.0, 1.0)),
+        TypeError,
+        "kl_divergence: mu must be a torch.Tensor; got Normal. "
+        "For two distributions call torch.distributions.kl_divergence(q, p).",
+    ),
+    "noise dtype": (
+        lambda: rk.randn(3, dtype=torch.int),
+        TypeError,
+        "randn: dtype must be float16, bfloat16, float32 or float64; got int32. Pass dtype=torch.float32.",
+    ),
+    "noise size": (
+        lambda: rk.randn(),
+        TypeError,
+        "randn: size must be ints or one tuple of ints; got nothing. Pass (2, 3), for example.",
+    ),
+    "head's param": (
+        lambda: rk.GaussianHead(3, 2, param="x"),
+        ValueError,
+        "GaussianHead: param must be one of logvar, logstd, std, softplus; got 'x'. "
+        "It says how the second argument reads.",
+    ),
+    "backend of a list": (
+        lambda: rk.backend_for([1]),
+        TypeError,
+        "backend_for: tensor must be a torch.Tensor; got list. Pass a tensor on the device in question.",
+    ),
+    "generator of draw_seed": (
+        lambda: rk.draw_seed(generator=3),
+        TypeError,
+        "draw_seed: generator must be a torch.Generator; got int. "
+        "Make one with torch.Generator(device).manual_seed(0), or pass seed=.",
     ),
     "other's kind": (
         lambda: rk.DiagonalGaussian(MU, X).rsample_kl((5,)),
         TypeError,
-        "DiagonalGaussian.kl: other must be a DiagonalGaussian; got tuple. "
+        "DiagonalGaussian.kl: other must be a DiagonalGaussian or a torch.distributions.Normal; got tuple. "
         "Make one of the prior's mu and logvar; sample_shape goes by its keyword.",
     ),
 }
@@ -245,6 +293,33 @@ def test_error_says_what_must_hold_what_it_got_and_what_to_do(case):
         call()
     assert str(caught.value) == words
     assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("pair", [(-0.5, 0.5), [-0.5, 0.5], np.array([-0.5, 0.5]), (np.float32(-0.5), np.float64(0.5))])
+def test_options_may_come_from_a_config(pair):
+    want = rk.reparameterize_kl(MU, X, seed=1, clamp=(-0.5, 0.5), event_ndim=1, sample_shape=(2,))
+    got = rk.reparameterize_kl(MU, X, seed=1, clamp=pair, event_ndim=np.int64(1), sample_shape=np.array([2]))
+    assert all(map(torch.equal, got, want))
+    floor = np.float32(0.25)
+    assert torch.equal(*(rk.kl_divergence(MU, X, param="softplus", min_std=m) for m in (floor, 0.25)))
+
+
+@pytest.mark.parametrize("option", [{"event_ndim": True}, {"sample_shape": (True,)}, {"clamp": (True, 2.0)}], ids=str)
+def test_an_equal_key_in_a_cache_does_not_pass_a_wrong_type(option):
+    (name,) = option
+    as_number = {"event_ndim": 1, "sample_shape": (1,), "clamp": (1.0, 2.0)}
+    rk.reparameterize_kl(MU, X, **{name: as_number[name]})
+    with pytest.raises(TypeError, match="got bool"):
+        rk.reparameterize_kl(MU, X, **option)
+
+
+def test_a_trace_by_fx_runs_or_says_what_to_do():
+    head, h = rk.GaussianHead(32, 2), torch.ones(3, 32)
+    traced = torch.fx.symbolic_trace(head)
+    assert all(map(torch.equal, traced(h, seed=5), head(h, seed=5)))
+    for trace in (rk.GaussianHead(32, 2, mean_in_eval=True).eval(), lambda mu, x: rk.kl_divergence(mu, x)):
+        with pytest.raises(TypeError, match=r"got Proxy. torch.fx.symbolic_trace cannot see into this call: mark it"):
+            torch.fx.symbolic_trace(trace)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,23 @@ def test_backward_gets_what_forward_had():
     assert launch.arguments["dmu_p_ptr"] is None
 
 
+@pytest.mark.parametrize("shape", [(2**35,), (2**15, 2**20), (2**36 + 4, 3), (2**25, 4096)], ids=str)
+def test_the_threads_of_a_grid_are_below_the_limit_of_hip(shape):
+    """HIP counts the threads along x, of which a wave has up to 64, in 32 bits."""
+    mu = meta(1, dtype=torch.bfloat16).expand(shape)
+    call = make_arguments("test", mu, mu, kl=True, event_ndim=len(shape) - 1 or 1)
+    with recording(compiler="hip") as launches:
+        launcher.forward(call)
+    first, *sums = launches
+    for launch in launches:
+        assert launch.grid[0] * 64 * launch.constants["num_warps"] < 2**32
+        assert all(size <= 65535 for size in launch.grid[1:])
+    rows, chunks = first.arguments["rows"], first.arguments["shape"].chunks
+    assert math.prod(first.grid) >= -(-rows // first.constants["ROWS"]) * chunks
+    kls = math.prod(shape[: len(shape) - call.config.event_ndim])
+    assert sum(math.prod(launch.grid) for launch in sums) in (0, kls)
+
+
 def test_one_launch_a_call_and_two_if_rows_are_huge():
     for shape, sums in (((128, 20), 0), ((512, 2048), 0), ((4, 5000), 1)):
         names = [launch.name for launch in forward(meta(*shape), meta(*shape))[-1]]

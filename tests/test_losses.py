@@ -105,6 +105,12 @@ def test_cyclical_beta_starts_again_each_cycle():
     assert [t for t in range(1, 10) if uneven[t] < uneven[t - 1]] == [4, 7]
 
 
+def test_a_rise_of_length_zero_is_over():
+    for step in (0, 3):
+        assert losses.linear_beta(step, 0, 4.0) == losses.cyclical_beta(step, 0, beta=4.0) == 4.0
+        assert losses.cyclical_beta(step, 10, ratio=0.0, beta=4.0) == losses.capacity(step, 0, 4.0) == 4.0
+
+
 def test_capacity_loss_takes_the_mean_first():
     kl = torch.tensor([1.0, 9.0], requires_grad=True)
     loss = losses.capacity_loss(kl, 6.0, gamma=10.0)
@@ -128,6 +134,27 @@ def test_masked_mean_divides_by_the_sum_of_the_mask():
     close(losses.masked_mean(kl.detach()[1:], torch.full((1, 1, 5), 0.25)), kl[1].sum().item() / 5)
 
 
+@pytest.mark.parametrize("poison", [math.inf, math.nan])
+def test_masked_positions_reach_neither_the_value_nor_a_gradient(poison):
+    kl = torch.tensor([[1.0, poison], [3.0, poison]], requires_grad=True)
+    mask = torch.tensor([[1.0, 0.0], [0.5, 0.0]], requires_grad=True)
+    loss = losses.masked_mean(kl, mask)
+    close(loss, 2.5 / 1.5)
+    to_kl, to_mask = torch.autograd.grad(loss, (kl, mask))
+    torch.testing.assert_close(to_kl, mask.detach() / 1.5)
+    torch.testing.assert_close(to_mask[:, 0], (torch.tensor([1.0, 3.0]) - 2.5 / 1.5) / 1.5)
+    assert to_mask.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_masked_mean_of_an_empty_mask_is_zero(dtype):
+    for kl in (torch.ones(2, 1, 3), torch.full((2, 1, 3), math.nan), torch.ones(0, 1, 3)):
+        kl.requires_grad_()
+        loss = losses.masked_mean(kl, torch.zeros(kl.shape, dtype=dtype))
+        close(loss, 0.0)
+        assert (torch.autograd.grad(loss, kl)[0] == 0).all()
+
+
 def close(got, want):
     assert got.shape == ()
     assert got.item() == pytest.approx(want, rel=1e-5)
@@ -137,10 +164,11 @@ def close(got, want):
     ("call", "text"),
     [
         (lambda: losses.free_bits_per_dimension(torch.ones(3), 1.0), "event_ndim=0"),
-        (lambda: losses.linear_beta(1, 0), "steps must be positive; got 0"),
-        (lambda: losses.capacity(1, -1, 2.0), "steps must be positive; got -1"),
+        (lambda: losses.linear_beta(1, -1), "steps must not be negative; got -1"),
+        (lambda: losses.linear_beta(1, math.nan), "steps must not be negative; got nan"),
+        (lambda: losses.capacity(1, -1, 2.0), "steps must not be negative; got -1"),
         (lambda: losses.cyclical_beta(1, 10, cycles=0), "cycles must be positive; got 0"),
-        (lambda: losses.cyclical_beta(1, 10, ratio=0.0), "ratio must be positive; got 0"),
+        (lambda: losses.cyclical_beta(1, 10, ratio=-0.1), "ratio must not be negative; got -0.1"),
         (lambda: losses.masked_mean(torch.ones(2, 3, 4), torch.ones(2, 4)), r"kl \(2, 3, 4\), mask \(2, 4\)"),
         (lambda: losses.masked_mean(torch.ones(2, 3, 4), torch.ones(2, 3, 5)), "each of kl's size or 1"),
     ],

@@ -26,7 +26,7 @@ KNOWN = [
         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
     ),
 ]
-SEEDS = [0, 1, 7, 2**32 - 1, 2**32, 2**40 + 7, 2**63 - 1]
+SEEDS = [0, 7, 2**32 - 1, 2**32, 2**40 + 7, 2**63 - 1, -(2**63), 2**64 - 1]
 EDGES = np.array([0, 1, 2, 2**31 - 2, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 2, 2**32 - 1], dtype=np.uint32)
 
 
@@ -53,6 +53,14 @@ def test_eps_bits_match_the_oracle_on_every_instruction_set(isa, seed):
 def test_eps_bits_match_the_oracle_in_triton(backend, seed):
     count = 1_000_003 if backend == "cpu" else 300_001
     np.testing.assert_array_equal(eps_of(seed, count).numpy().view(np.int32), oracle.randn(seed, count).view(np.int32))
+
+
+@pytest.mark.parametrize(("negative", "positive"), [(-1, 2**64 - 1), (-(2**63), 2**63), (-7, np.uint64(2**64 - 7))])
+def test_seeds_count_modulo_two_to_the_64(backend, negative, positive):
+    want = oracle.randn(int(positive), 9)
+    for seed in (negative, positive, torch.tensor([negative])):
+        np.testing.assert_array_equal(rk.randn(9, seed=seed).numpy(), want)
+        np.testing.assert_allclose(rk.reference.randn(9, seed=seed).numpy(), want, rtol=0, atol=2e-6)
 
 
 def test_eps_is_exact_for_edge_words_in_every_position(isa):
@@ -156,7 +164,7 @@ def test_randn_like_has_the_metadata_of_torch_and_the_noise_of_randn():
             assert (eps.dtype, eps.shape, eps.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
             assert eps.requires_grad == theirs.requires_grad
             assert torch.equal(eps, rk.randn(like.shape, seed=3, dtype=eps.dtype))
-    with pytest.raises(TypeError, match=r"^randn_like: dtype"):
+    with pytest.raises(TypeError, match=r"^randn_like: input"):
         rk.randn_like(base.int())
 
 

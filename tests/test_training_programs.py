@@ -56,6 +56,18 @@ def test_a_sampling_call_draws_once(op):
     assert torch.equal(torch.get_rng_state(), after)
 
 
+def test_draw_seed_draws_what_a_call_would_draw():
+    mu = torch.zeros(4, 6)
+    for generator in (None, torch.Generator()):
+        (generator or torch.default_generator).manual_seed(1)
+        seed = rk.draw_seed(mu.device, generator)
+        (generator or torch.default_generator).manual_seed(1)
+        assert torch.equal(rk.reparameterize(mu, mu, generator=generator), rk.reparameterize(mu, mu, seed=seed))
+        assert (seed.dtype, tuple(seed.shape)) == (torch.int64, (1,))
+    assert rk.draw_seed("meta").device.type == "meta"
+    assert rk.draw_seed(generator=torch.Generator()).device.type == "cpu"
+
+
 def test_kl_and_eps_draw_nothing():
     mu = torch.zeros(4, 6)
     before = torch.get_rng_state()

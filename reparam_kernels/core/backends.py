@@ -13,6 +13,7 @@ from torch import Tensor
 from . import extension, torch_modes
 
 NAMES = ("cpu", "triton", "reference")
+OLDEST_CAPABILITY = (7, 0)
 FORCED = os.environ.get("REPARAM_BACKEND")
 if FORCED is not None and FORCED not in NAMES:
     raise ValueError(f"REPARAM_BACKEND: must be one of {', '.join(NAMES)}; got {FORCED!r}. Correct it, or unset it.")
@@ -33,6 +34,33 @@ def triton_missing() -> str | None:
     return None if importlib.util.find_spec("triton") else "No module named 'triton'"
 
 
+def architecture(device_type: str) -> str:
+    """Name what a GPU's code is compiled for: the compute capability, or the name that AMD and Intel give."""
+    if device_type == "xpu":
+        return f"architecture {torch.xpu.get_device_properties().architecture}"
+    if torch.version.hip:
+        return f"architecture {torch.cuda.get_device_properties().gcnArchName}"
+    return "compute capability {}.{}".format(*torch.cuda.get_device_capability())
+
+
+def too_old(device_type: str) -> str | None:
+    """Return why Triton cannot compile for a GPU, or None if it can, or if there is none."""
+    if device_type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return None
+    if torch.cuda.get_device_capability() >= OLDEST_CAPABILITY:
+        return None
+    return f"{torch.cuda.get_device_name()} has {architecture('cuda')}, and Triton needs 7.0 or later"
+
+
+def unusable(device: str) -> str | None:
+    """Return torch's reason why a device cannot be used, or None if it can."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
+        return str(error).partition("\n")[0]
+    return None
+
+
 def interpreting() -> bool:
     """Return True if Triton's interpreter runs the kernels on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -45,6 +73,7 @@ def backend_name(device_type: str) -> str:
         return "reference"
     if FORCED == "triton" or (FORCED is None and device_type in ("cuda", "xpu")):
         name, takes, why = "triton", device_type in ("cuda", "xpu") or interpreting(), triton_missing()
+        why = why or too_old(device_type)
     else:
         name, takes, why = "cpu", device_type == "cpu", cpu_missing() if device_type == "cpu" else None
     if takes and why is None:
@@ -79,6 +108,7 @@ def backend_for(tensor: Tensor) -> str:
         tensor: any tensor.
 
     Raises:
+        TypeError: if it is not a tensor.
         RuntimeError: REPARAM_BACKEND forces a backend that cannot take the tensor.
 
     Example:
@@ -86,4 +116,9 @@ def backend_for(tensor: Tensor) -> str:
         >>> rk.backend_for(torch.zeros(3))
         'cpu'
     """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"backend_for: tensor must be a torch.Tensor; got {type(tensor).__name__}. "
+            "Pass a tensor on the device in question."
+        )
     return backend_name(tensor.device.type)

@@ -1,5 +1,6 @@
 """The checks that ops share. Each error reads `where: what must hold; got what. Do this.`"""
 
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -22,8 +23,7 @@ plain_pair_ndim = _unknown_pair if isinstance(extension.LOADED, str) else extens
 
 def floating(where: str, name: str, t: Any) -> None:
     if not isinstance(t, Tensor):
-        got = type(t).__name__
-        raise TypeError(f"{where}: {name} must be a torch.Tensor; got {got}. Wrap it with torch.as_tensor.")
+        raise TypeError(f"{where}: {name} must be a torch.Tensor; got {type(t).__name__}. {instead_of_tensor(t)}")
     if t.dtype not in FLOATS:
         raise TypeError(
             f"{where}: {name} must be float16, bfloat16, float32 or float64; got {dtype_name(t.dtype)}. "
@@ -33,6 +33,28 @@ def floating(where: str, name: str, t: Any) -> None:
         raise TypeError(
             f"{where}: {name} must be a dense (strided) tensor; got {t.layout}. Convert it with {name}.to_dense()."
         )
+
+
+def instead_of_tensor(value: Any) -> str:
+    """Return what to do about a value that should be a tensor."""
+    if isinstance(value, torch.fx.Proxy):
+        return "torch.fx.symbolic_trace cannot see into this call: mark it with torch.fx.wrap, or use torch.export."
+    if isinstance(value, torch.distributions.Distribution) or hasattr(value, "kl"):
+        return "For two distributions call torch.distributions.kl_divergence(q, p)."
+    return "Wrap it with torch.as_tensor."
+
+
+def float_dtype(where: str, dtype: Any) -> None:
+    if dtype is not None and dtype not in FLOATS:
+        got = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
+        raise TypeError(
+            f"{where}: dtype must be float16, bfloat16, float32 or float64; got {got}. Pass dtype=torch.float32."
+        )
+
+
+def some_size(where: str, size: tuple[Any, ...]) -> None:
+    if not size:
+        raise TypeError(f"{where}: size must be ints or one tuple of ints; got nothing. Pass (2, 3), for example.")
 
 
 def on_device_of_mu(where: str, name: str, t: Tensor, mu: Tensor) -> None:
@@ -79,25 +101,38 @@ def integer(where: str, name: str, value: Any, do: str) -> int:
 
 
 def number(where: str, name: str, value: Any, do: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # a number of numpy is one of these too
         raise TypeError(f"{where}: {name} must be a number; got {type(value).__name__}. {do}")
     return float(value)
 
 
+def sequence(value: Any) -> tuple[Any, ...] | None:
+    """Return the items of a tuple, a list, an array of numpy or another ordered sequence; None for anything else."""
+    if isinstance(value, (tuple, list)):
+        return tuple(value)
+    ordered = isinstance(value, Sequence) or hasattr(value, "__array__")
+    if not ordered or isinstance(value, (str, bytes, Tensor)) or getattr(value, "shape", None) == ():
+        return None
+    return tuple(value)
+
+
 def sizes(where: str, name: str, value: Any) -> tuple[int, ...]:
     do = f"Pass {name}=(5,), for example."
-    if not isinstance(value, (tuple, list)):
+    items = sequence(value)
+    if items is None:
         raise TypeError(f"{where}: {name} must be a tuple of ints; got {type(value).__name__}. {do}")
-    checked = tuple(integer(where, f"each of {name}", size, do) for size in value)
+    checked = tuple(integer(where, f"each of {name}", size, do) for size in items)
     if any(size < 0 for size in checked):
         raise ValueError(f"{where}: {name} must not be negative; got {checked}. {do}")
     return checked
 
 
 def seed_in_range(where: str, seed: Any) -> int:
-    value = integer(where, "seed", seed, "Pass an int in [0, 2**63), or an int64 tensor on mu's device.")
-    if not 0 <= value < 2**63:
-        raise ValueError(f"{where}: seed must lie in [0, 2**63); got {value}. Reduce it, for example modulo 2**63.")
+    value = integer(where, "seed", seed, "Pass an int in [-2**63, 2**64), or an int64 tensor on mu's device.")
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(
+            f"{where}: seed must lie in [-2**63, 2**64); got {value}. Reduce it, for example modulo 2**64."
+        )
     return value
 
 
@@ -122,12 +157,14 @@ def seed_tensor(where: str, seed: Tensor, device: torch.device, items: int | Non
 def one_source(where: str, seed: Any, generator: Any, eps: Any) -> None:
     given = {"seed": seed, "generator": generator, "eps": eps}
     names = [name for name, value in given.items() if value is not None]
-    if len(names) > 1:
+    if len(names) > 1 and not isinstance(generator, torch.fx.Proxy):
         raise ValueError(
             f"{where}: at most one of seed, generator and eps may be given; got {' and '.join(names)}. "
             "Keep the one that should decide the noise."
         )
     if generator is not None and not isinstance(generator, torch.Generator):
+        if isinstance(generator, torch.fx.Proxy):
+            raise TypeError(f"{where}: generator must be a torch.Generator; got Proxy. {instead_of_tensor(generator)}")
         raise TypeError(
             f"{where}: generator must be a torch.Generator; got {type(generator).__name__}. "
             "Make one with torch.Generator(device).manual_seed(0), or pass seed=."

@@ -2,6 +2,8 @@
 
 import torch
 
+from . import torch_modes
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -12,3 +14,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+@torch_modes.constant_to_the_compiler
+def has_float64(device: torch.device) -> bool:
+    """Return True if the device computes in float64. Some GPUs of Intel and all of Apple do not."""
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return device.type != "mps"

@@ -55,7 +55,7 @@ class Op(Generic[A]):
     outputs: the names of the outputs.
     formula: arguments -> outputs in plain torch, differentiable to any order; None for an output not asked for.
     gradient_formula: arguments, output gradients -> the outputs from which autograd computes the gradients to the
-        inputs. Where an output gradient is 0 and a slope is not finite, it holds the inputs constant.
+        inputs. Where an output gradient is 0 and a slope is not finite, it holds the inputs constant. Default: formula.
     shapes: arguments -> a Shape for each output, None for one not asked for.
     package: holds cpu.py and triton.py, each with forward(arguments) -> outputs and backward(arguments, output
         gradients, wanted) -> input gradients, contiguous.
@@ -79,7 +79,7 @@ class Op(Generic[A]):
     ) -> None:
         self.name, self.arguments, self.formula, self.shapes = name, arguments, formula, shapes
         self.package, self.with_noise = package, with_noise
-        self.gradient_formula = gradient_formula or (lambda arguments, grads: formula(arguments))
+        self.gradient_formula = gradient_formula
         hints = get_type_hints(arguments)
         *tensors, options = hints
         self._expands = [inputs.index(name) for name in expands]
@@ -111,12 +111,11 @@ class Op(Generic[A]):
         return self.formula(self.with_noise(arguments))
 
     def in_place_of_kernels(self, arguments: A) -> Outputs:
-        """Run the formula with noise of its own and, where only autograd looks on, with the gradients of the kernels."""
+        """Run the formula with noise of its own. In plain eager code its gradients follow the rule of the kernels."""
         inputs, others = arguments[: self.n_inputs], arguments[self.n_inputs : -1]
-        under_autograd = any_requires_grad(inputs) and not any_requires_grad(others) and torch.is_grad_enabled()
-        if not under_autograd or torch.compiler.is_compiling() or torch_modes.in_transform():
-            return self.formula(arguments)
-        if torch_modes.in_dispatch_mode():  # which sees the formula's own ops
+        plain = not (torch.compiler.is_compiling() or torch_modes.in_transform() or torch_modes.in_dispatch_mode())
+        learns = torch.is_grad_enabled() and any_requires_grad(inputs) and not any_requires_grad(others)
+        if self.gradient_formula is None or not plain or not learns:
             return self.formula(arguments)
         return self._apply_formula(arguments, *inputs)  # type: ignore[no-any-return]
 
@@ -144,16 +143,18 @@ class Op(Generic[A]):
         n, create_graph = self.n_inputs, torch.is_grad_enabled()
         with torch.enable_grad():
             inputs = fresh_views(arguments[:n])
-            outputs = self.gradient_formula(self.arguments._make((*inputs, *arguments[n:])), grads)
+            variables = self.arguments._make((*inputs, *arguments[n:]))
+            # autograd cannot differentiate outputs that depend on batched gradients
+            rule = None if torch_modes.is_batched_grad(*grads) else self.gradient_formula
+            outputs = self.formula(variables) if rule is None else rule(variables, grads)
             pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if y is not None and g is not None]
             asked = [t for t, want in zip(inputs, wanted, strict=True) if want and t is not None]
             if not pairs:
                 return (None,) * n
             ys, gs = zip(*pairs, strict=True)
             asked_grads = iter(torch.autograd.grad(ys, asked, gs, create_graph=create_graph, allow_unused=True))
-        return tuple(
-            next(asked_grads) if want and t is not None else None for t, want in zip(inputs, wanted, strict=True)
-        )
+        given = zip(inputs, wanted, strict=True)
+        return tuple(next(asked_grads) if want and t is not None else None for t, want in given)
 
     # The arguments as torch's dispatcher takes them: one flat list.
 

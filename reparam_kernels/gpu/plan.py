@@ -17,7 +17,8 @@ from . import tiles
 from .tiles import Counts, Strides, Tiling
 
 GRID_LIMIT = 2**31 - 1  # programs along x; y and z hold only 65535
-GRID_2D_WIDTH = 2**30  # programs along x of a grid that has more
+HIP_GRID_LIMIT = 2**24 - 1  # HIP limits the threads along x to less than 2^32, and a program has up to 4 waves of 64
+GRID_2D_WIDTH = 2**22  # programs along x of a grid that has more
 
 
 class TileConfig(NamedTuple):
@@ -270,7 +271,8 @@ def make_tiling(spec: LaunchSpec, layout: Layout, block_elements: int) -> tuple[
     block = block_of(spec, layout, positions, block_elements)
     rows, chunks = block_elements // block, cdiv(positions, block)
     blocks = cdiv(layout.rows, rows)
-    if blocks * chunks > GRID_LIMIT:
+    grid_2d = blocks * chunks > (HIP_GRID_LIMIT if spec.compiler == "hip" else GRID_LIMIT)
+    if grid_2d:
         grid = tiles.GRID_2D
     elif layout.depth == 0:
         grid = tiles.GRID_CHUNKS

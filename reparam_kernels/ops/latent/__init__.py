@@ -1,11 +1,19 @@
 """The latent layer: a sample of N(mu, sigma^2), with its KL divergence or its log-density in the same pass."""
 
+from typing import TYPE_CHECKING, Union
+
 import torch
 from torch import Tensor
 
 from ...core.execute import execute
 from .arguments import Density, make_arguments
 from .op import LATENT
+from .priors import as_pair
+
+if TYPE_CHECKING:
+    from ...diagonal_gaussian import DiagonalGaussian
+
+Prior = Union[tuple[Tensor | float, Tensor | float], torch.distributions.Normal, "DiagonalGaussian"]
 
 
 def reparameterize(
@@ -27,8 +35,9 @@ def reparameterize(
     Args:
         mu: mean, any shape and strides; float16, bfloat16, float32 or float64.
         logvar: log variance, or what `param` says; shape, dtype and device of mu.
-        seed: int in [0, 2**63), or an int64 tensor on mu's device of one element or of mu.shape[0] elements: one for
-            each leading item, the element index restarting in each. Default: drawn from the generator.
+        seed: int in [-2**63, 2**64), taken modulo 2**64, or an int64 tensor on mu's device of one element or of
+            mu.shape[0] elements: one for each leading item, the element index restarting in each. Default: drawn from
+            the generator, as by draw_seed.
         generator: the torch.Generator that the seed is drawn from; default torch's own, which torch.manual_seed seeds.
         eps: use this noise (mu's dtype, z's shape) instead. At most one of seed, generator, eps.
         sample_shape: leading sample dims; z has shape sample_shape + mu.shape.
@@ -64,7 +73,7 @@ def kl_divergence(
     logvar: Tensor,
     *,
     event_ndim: int | None = None,
-    prior: tuple[Tensor | float, Tensor | float] | None = None,
+    prior: Prior | None = None,
     param: str = "logvar",
     min_std: float = 0.0,
     clamp: tuple[float, float] | None = None,
@@ -78,7 +87,9 @@ def kl_divergence(
         event_ndim: how many trailing dims of mu the KL sums over. Default: all but the first (all, for 1-D). 0: the
             elementwise KL.
         prior: None for N(0, I), or (mu_p, second_p): tensors that expand to the shape of mu, or Python numbers; read
-            with the same param and min_std, never clamped; gradients in their own shape.
+            with the same param and min_std, never clamped; gradients in their own shape. Or a DiagonalGaussian or a
+            torch.distributions.Normal: its parameters are converted to `param`, which rounds them once to their dtype;
+            to softplus nothing is converted.
 
     Returns:
         kl in nats, float32 (float64 for float64), of shape mu.shape[:mu.dim() - event_ndim]. Relative error at most
@@ -96,7 +107,20 @@ def kl_divergence(
         tensor([1.5000, 1.5000])
     """
     arguments = make_arguments(
-        "kl_divergence", mu, logvar, False, True, None, None, None, (), event_ndim, prior, param, min_std, clamp
+        "kl_divergence",
+        mu,
+        logvar,
+        False,
+        True,
+        None,
+        None,
+        None,
+        (),
+        event_ndim,
+        as_pair("kl_divergence", prior, param, min_std),
+        param,
+        min_std,
+        clamp,
     )
     return execute(LATENT, arguments)[1]  # type: ignore[return-value]
 
@@ -110,7 +134,7 @@ def reparameterize_kl(
     eps: Tensor | None = None,
     sample_shape: tuple[int, ...] = (),
     event_ndim: int | None = None,
-    prior: tuple[Tensor | float, Tensor | float] | None = None,
+    prior: Prior | None = None,
     param: str = "logvar",
     min_std: float = 0.0,
     clamp: tuple[float, float] | None = None,
@@ -148,7 +172,7 @@ def reparameterize_kl(
         eps,
         sample_shape,
         event_ndim,
-        prior,
+        as_pair("reparameterize_kl", prior, param, min_std),
         param,
         min_std,
         clamp,
@@ -233,7 +257,7 @@ def reparameterize_mc_kl(
     eps: Tensor | None = None,
     sample_shape: tuple[int, ...] = (),
     event_ndim: int | None = None,
-    prior: tuple[Tensor | float, Tensor | float] | None = None,
+    prior: Prior | None = None,
     path_derivative: bool = False,
     param: str = "logvar",
     min_std: float = 0.0,
@@ -277,7 +301,7 @@ def reparameterize_mc_kl(
         eps,
         sample_shape,
         event_ndim,
-        prior,
+        as_pair("reparameterize_mc_kl", prior, param, min_std),
         param,
         min_std,
         clamp,

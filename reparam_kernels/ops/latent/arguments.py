@@ -12,6 +12,7 @@ from ...core.dtypes import FLOATS, compute_dtype, dtype_name
 from ...core.op import Shape, resolve_neg
 from ...core.seeds import make_seed
 
+DO_EVENT_NDIM = "Pass how many trailing dims of mu the KL sums over."
 PARAMS = ("logvar", "logstd", "std", "softplus")
 
 
@@ -167,8 +168,14 @@ def _promote(mu: Tensor, logvar: Tensor, eps: Any, prior: Any) -> tuple[Tensor, 
 
 def _make_config(compiling: bool, where: str, ndim: int, z: bool, kl: bool, sample_shape: Any, *options: Any) -> Config:
     event_ndim, param, min_std, clamp, packed, density = options
-    sample_shape = tuple(sample_shape) if isinstance(sample_shape, list) else sample_shape
-    clamp = tuple(clamp) if isinstance(clamp, list) else clamp
+    # before the cache, to which True is 1 and an array is no key
+    if type(sample_shape) is not tuple or sample_shape:
+        sample_shape = checks.sizes(where, "sample_shape", sample_shape)
+    if event_ndim is not None and type(event_ndim) is not int:
+        event_ndim = _as_event_ndim(where, event_ndim)
+    plain_clamp = clamp is None or (type(clamp) is tuple and [*map(type, clamp)] == [float, float])
+    if type(param) is not str or type(min_std) is not float or not plain_clamp:
+        min_std, clamp = _check_scale(where, param, min_std, clamp)
     symbolic = sample_shape != () and isinstance(sample_shape, tuple) and torch.SymInt in map(type, sample_shape)
     make = _check_config if compiling or symbolic else _cached_config  # torch.compile warns about a cache
     return make(where, ndim, z, kl, sample_shape, event_ndim, param, min_std, clamp, packed, density)
@@ -188,7 +195,6 @@ def _check_config(
     density: Density | None,
 ) -> Config:
     min_std, clamp = _check_scale(where, param, min_std, clamp)
-    sample_shape = checks.sizes(where, "sample_shape", sample_shape)
     event_ndim = _check_event_ndim(where, event_ndim, ndim) if kl or density is not None else 0
     config = Config(z, kl, sample_shape, event_ndim, param, min_std, clamp, packed)
     return config if density is None else _with_density(where, config, density)
@@ -218,16 +224,28 @@ _cached_config = lru_cache(maxsize=1024)(_check_config)
 def _check_event_ndim(where: str, event_ndim: Any, ndim: int) -> int:
     if event_ndim is None:
         return max(ndim - 1, min(ndim, 1))
-    do = "Pass how many trailing dims of mu the sum runs over."
-    value = checks.integer(where, "event_ndim", event_ndim, do)
+    value = _as_event_ndim(where, event_ndim)
     if not 0 <= value <= ndim:
-        raise ValueError(f"{where}: event_ndim must lie in [0, {ndim}], the number of dims of mu; got {value}. {do}")
+        raise ValueError(
+            f"{where}: event_ndim must lie in [0, {ndim}], the number of dims of mu; got {value}. {DO_EVENT_NDIM}"
+        )
     return value
+
+
+def _as_event_ndim(where: str, event_ndim: Any) -> int:
+    return checks.integer(where, "event_ndim", event_ndim, DO_EVENT_NDIM)
+
+
+def check_options(where: str, event_ndim: Any, param: Any, min_std: Any, clamp: Any) -> None:
+    """Check what does not depend on a tensor, for a module that keeps the options."""
+    if event_ndim is not None:
+        _as_event_ndim(where, event_ndim)
+    _check_scale(where, param, min_std, clamp)
 
 
 def _check_scale(where: str, param: Any, min_std: Any, clamp: Any) -> tuple[float, tuple[float, float] | None]:
     """Check how the second argument is read; return min_std and clamp as the kernels take them."""
-    if param not in PARAMS:
+    if not isinstance(param, str) or param not in PARAMS:
         raise ValueError(
             f"{where}: param must be one of {', '.join(PARAMS)}; got {param!r}. It says how the second argument reads."
         )
@@ -241,9 +259,10 @@ def _check_scale(where: str, param: Any, min_std: Any, clamp: Any) -> tuple[floa
         )
     if clamp is None:
         return floor, None
-    if not isinstance(clamp, (tuple, list)) or len(clamp) != 2:
+    bounds = checks.sequence(clamp)
+    if bounds is None or len(bounds) != 2:
         raise TypeError(f"{where}: clamp must be a pair (low, high); got {clamp!r}. Pass clamp=(-30.0, 20.0).")
-    low, high = (checks.number(where, "each bound of clamp", b, "An infinite one is no bound.") for b in clamp)
+    low, high = (checks.number(where, "each bound of clamp", b, "An infinite one is no bound.") for b in bounds)
     if not low <= high:
         raise ValueError(f"{where}: clamp must have low <= high; got {(low, high)}. Swap or correct the bounds.")
     return floor, (low, high)
@@ -253,8 +272,8 @@ def _take_prior(where: str, prior: Any, mu: Tensor, shape: torch.Size) -> tuple[
     """Return the two tensors of the prior, each in its own shape."""
     if not isinstance(prior, (tuple, list)) or len(prior) != 2:
         raise TypeError(
-            f"{where}: prior must be None or a pair (mu_p, second_p); got {type(prior).__name__}. "
-            "Pass prior=(mu_p, logvar_p)."
+            f"{where}: prior must be None, a pair (mu_p, second_p), a DiagonalGaussian or a Normal; "
+            f"got {type(prior).__name__}. Pass prior=(mu_p, logvar_p)."
         )
     mu_p, x_p = prior
     return _prior_tensor(where, "mu_p", mu_p, mu, shape), _prior_tensor(where, "second_p", x_p, mu, shape)

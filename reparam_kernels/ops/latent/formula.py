@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ...core.dtypes import compute_dtype
+from ...core.dtypes import compute_dtype, has_float64
 from ..noise.formula import reference_noise
 from .arguments import Arguments, Config, unpacked
 
@@ -104,7 +104,7 @@ def outputs(arguments: Arguments, for_z: Inputs, for_kl: Inputs, for_log_q: Inpu
         return total.to(compute_dtype(dtype)).contiguous()
 
     z = None
-    if config.z:
+    if for_z.eps is not None:
         z = for_z.mu + sigma_of(for_z.x, config.param, config.min_std) * for_z.eps
         z = (torch.tanh(z) if config.tanh else z).to(dtype).contiguous()
     kl = summed(elementwise_kl(config, *for_kl[:4])) if config.kl else None
@@ -147,15 +147,16 @@ def hold_for_z(config: Config, inputs: Inputs, dz: Tensor) -> Inputs:
 def hold(config: Config, inputs: Inputs, grad: Tensor, shape: torch.Size, terms: Callable[[Inputs], Tensor]) -> Inputs:
     """Hold the inputs of the terms whose gradient is 0 and whose slopes are not finite."""
     grad = grad.reshape(*grad.shape, *[1] * config.event_ndim)
-    tensors = [None if t is None else t.expand(shape) for t in inputs[:4]]
-    variables = [t for t in tensors if t is not None and t.requires_grad]
-    slopes = torch.autograd.grad(terms(Inputs(*tensors, inputs.eps)).sum(), variables, allow_unused=True)
+    mu, x = inputs.mu.expand(shape), inputs.x.expand(shape)
+    mu_p, x_p = (None if t is None else t.expand(shape) for t in (inputs.mu_p, inputs.x_p))
+    variables = [t for t in (mu, x, mu_p, x_p) if t is not None and t.requires_grad]
+    total = terms(Inputs(mu, x, mu_p, x_p, inputs.eps)).sum()
+    slopes = torch.autograd.grad(total, variables, allow_unused=True)
     finite = [slope.isfinite() for slope in slopes if slope is not None]
-    held = (grad == 0) & ~reduce(torch.logical_and, finite, grad == grad)
-    mu, x, mu_p, x_p = (
-        None if t is None else torch.where(held, constant, t) for constant, t in zip((0, 1, 0, 1), tensors, strict=True)
-    )
-    return inputs._replace(mu=mu, x=x, mu_p=mu_p, x_p=x_p)
+    held = (grad == 0) & ~reduce(torch.logical_and, finite, torch.ones_like(grad, dtype=torch.bool))
+    mu_p = None if mu_p is None else torch.where(held, 0, mu_p)
+    x_p = None if x_p is None else torch.where(held, 1, x_p)
+    return inputs._replace(mu=torch.where(held, 0, mu), x=torch.where(held, 1, x), mu_p=mu_p, x_p=x_p)
 
 
 def sigma_has_finite_slope(x: Tensor, param: str) -> Tensor:
@@ -165,4 +166,4 @@ def sigma_has_finite_slope(x: Tensor, param: str) -> Tensor:
 
 
 def widen(t: Tensor) -> Tensor:
-    return t.to(torch.float32 if t.device.type == "mps" else torch.float64)
+    return t.to(torch.float64 if has_float64(t.device) else torch.float32)

@@ -1,17 +1,17 @@
-"""The GPU launch of the latent op: allocates the outputs, plans what is new, launches the kernels of triton_kernels.py."""
+"""The GPU launch of the latent op: allocates the outputs, plans what is new, and launches the kernels."""
 
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...core.dtypes import compute_dtype
+from ...core.dtypes import compute_dtype, has_float64
 from ...gpu.gaussian import Options
 from ...gpu.launch import PLANS, Launch, compiler, signature
-from ...gpu.plan import LaunchSpec, Plan, plan_launch, views_of
+from ...gpu.plan import GRID_LIMIT, HIP_GRID_LIMIT, LaunchSpec, Plan, plan_launch, views_of
 from ...gpu.tiles import Strides, Tiling
 from . import triton_density_kernels as density_kernels
 from . import triton_kernels as kernels
@@ -61,7 +61,7 @@ class Planned(NamedTuple):
     launch: Launch
     copied: tuple[bool, ...]  # the operands that have to be made contiguous first
     parts: int  # of the KL sums, which `sums` adds up; 0: the kernel writes the KL itself
-    sums: Launch | None
+    sums: tuple[Launch, ...]  # each adds up the parts of as many KLs as a grid holds
 
 
 def make_spec(
@@ -112,13 +112,17 @@ def plan_forward(
     fixed = (*planned.numbers(), *compile_time(arguments, spec, planned))
     kernel = density_kernels.density_forward_kernel if uses_densities(arguments.config) else kernels.forward_kernel
     launch = Launch(kernel, mu.device, planned.grid, fixed, planned.compile_options())
-    parts, sums = planned.rows * planned.chunks * samples_of_kl, None
+    parts = planned.rows * planned.chunks * samples_of_kl
     if kl is None or spec.kl_ndim is None or planned.layout.row_len or parts == kl.numel():
-        parts = 0
-    else:
-        options = {"num_warps": 4, "enable_fp_fusion": False}
-        sums = Launch(kernels.row_sum_kernel, mu.device, (kl.numel(),), (parts // kl.numel(), SUM_BLOCK), options)
-    return Planned(launch, planned.layout.copied, parts, sums)
+        return Planned(launch, planned.layout.copied, 0, ())
+    most = min(kl.numel(), HIP_GRID_LIMIT if spec.compiler == "hip" else GRID_LIMIT)
+    fixed = parts // kl.numel(), has_float64(mu.device), SUM_BLOCK
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    sums = [
+        Launch(kernels.row_sum_kernel, mu.device, (min(most, kl.numel() - first),), fixed, options)
+        for first in range(0, kl.numel(), most)
+    ]
+    return Planned(launch, planned.layout.copied, parts, tuple(sums))
 
 
 def plan_backward(
@@ -139,7 +143,7 @@ def plan_backward(
     fixed = (stride, *planned.numbers(), *compile_time(arguments, spec, planned))
     kernel = density_kernels.density_backward_kernel if by_densities else kernels.backward_kernel
     launch = Launch(kernel, mu.device, planned.grid, fixed, planned.compile_options())
-    return Planned(launch, planned.layout.copied, 0, None)
+    return Planned(launch, planned.layout.copied, 0, ())
 
 
 def uses_densities(config: Config) -> bool:
@@ -180,9 +184,16 @@ def launch_forward(arguments: Arguments, mu: Tensor, x: Tensor, z: Tensor | None
     if planned.parts and kl is not None:
         parts = kl.new_empty(planned.parts)
         planned.launch(mu, x, mu_p, x_p, seed, eps, z, parts)
-        planned.sums(parts, kl)
+        sum_parts(planned.sums, parts, kl)
     else:
         planned.launch(mu, x, mu_p, x_p, seed, eps, z, kl)
+
+
+def sum_parts(sums: tuple[Launch, ...], parts: Tensor, kl: Tensor) -> None:
+    """Add up the parts of each KL."""
+    most, count = sums[0].grid[0], parts.numel() // kl.numel()
+    for add, some_parts, some_kl in zip(sums, parts.split(most * count), kl.view(-1).split(most), strict=True):
+        add(some_parts, some_kl)
 
 
 def backward(

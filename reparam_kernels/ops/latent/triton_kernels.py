@@ -161,11 +161,22 @@ def backward_kernel(
 
 
 @triton.jit(do_not_specialize=["parts"])
-def row_sum_kernel(part_ptr, kl_ptr, parts, BLOCK: tl.constexpr):
-    """Add up the parts of a row's kl in an order that depends only on their number."""
+def row_sum_kernel(part_ptr, kl_ptr, parts, FLOAT64: tl.constexpr, BLOCK: tl.constexpr):
+    """Add up the parts of a row's kl in an order that depends only on their number.
+
+    On a device without float64, `lost` holds what the rounding of the total took from it.
+    """
     row = tl.program_id(0).to(tl.int64)
-    total = tl.zeros([BLOCK], tl.float64)
+    total = tl.zeros([BLOCK], tl.float64 if FLOAT64 else tl.float32)
+    lost = tl.zeros_like(total)
     for first in range(0, parts, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        total += tl.load(part_ptr + row * parts + i, mask=i < parts, other=0.0).to(tl.float64)
+        part = tl.load(part_ptr + row * parts + i, mask=i < parts, other=0.0).to(total.dtype)
+        if FLOAT64:
+            total += part
+        else:
+            term = part - lost
+            summed = total + term
+            lost = (summed - total) - term
+            total = summed
     tl.store(kl_ptr + row, tl.sum(total).to(kl_ptr.dtype.element_ty))

@@ -31,8 +31,9 @@ def randn(
 
     Args:
         size: ints, or one tuple of ints, as for torch.randn.
-        seed: int in [0, 2**63), or an int64 tensor of one element or of size[0] elements, one for each leading item,
-            the element index restarting in each. Default: drawn from the generator.
+        seed: int in [-2**63, 2**64), taken modulo 2**64, or an int64 tensor of one element or of size[0] elements, one
+            for each leading item, the element index restarting in each. Default: drawn from the generator, as by
+            draw_seed.
         generator: the torch.Generator that the seed is drawn from; default torch's own.
         out, dtype, layout, device, requires_grad, pin_memory: as for torch.randn; float16, bfloat16, float32 (made in
             float32, then rounded) or float64 (widened).
@@ -51,7 +52,10 @@ def randn(
         >>> rk.randn(4, seed=7)
         tensor([ 2.9158e-04, -3.0485e-01,  1.7888e+00,  1.0679e+00])
     """
+    checks.some_size("randn", size)
+    checks.float_dtype("randn", dtype)
     result = torch.empty(*size, out=out, dtype=dtype, layout=layout, device=device, pin_memory=pin_memory)
+    checks.floating("randn", "the default dtype" if out is None else "out", result)
     eps = filled("randn", result, seed, generator)
     with torch.no_grad():
         result = eps if out is None or eps is out else out.copy_(eps)
@@ -94,8 +98,10 @@ def randn_like(
         >>> rk.randn_like(torch.zeros(4), seed=7)
         tensor([ 2.9158e-04, -3.0485e-01,  1.7888e+00,  1.0679e+00])
     """
+    checks.float_dtype("randn_like", dtype)
     options: Any = {"dtype": dtype, "layout": layout, "device": device, "pin_memory": pin_memory}
     result = torch.empty_like(input, memory_format=memory_format, requires_grad=False, **options)
+    checks.floating("randn_like", "input", result)
     eps = filled("randn_like", result, seed, generator)
     with torch.no_grad():
         result = eps if eps is result else result.copy_(eps)
@@ -104,7 +110,6 @@ def randn_like(
 
 def filled(where: str, result: Tensor, seed: int | Tensor | None, generator: torch.Generator | None) -> Tensor:
     """Fill a tensor with noise, or return a tensor with the noise where the tensor can't be filled in place."""
-    checks.floating(where, "dtype", result)
     seeds = make_seed(where, seed, generator, result.device, result.shape[0] if result.dim() else None)
     with torch.no_grad():
         return draw_into(result, seeds)

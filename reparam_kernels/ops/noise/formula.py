@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from ...core.dtypes import has_float64
+
 
 def philox4x32_10(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
     """Compute four 32-bit words for each counter of four and key of two, all held in int64 (Salmon et al., SC 2011)."""
@@ -19,7 +21,7 @@ def philox4x32_10(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
 
 def reference_noise(seed: Tensor, shape: tuple[int, ...], samples: int = 1) -> Tensor:
     """Compute eps, version 1, in float64. `shape` begins with the samples; each seed gives an equal part of it."""
-    device = torch.device("cpu") if seed.device.type == "mps" else seed.device
+    device = seed.device if has_float64(seed.device) else torch.device("cpu")
     i = torch.arange(math.prod(shape), device=device)
     n = max(i.numel() // max(samples, 1), 1)
     group = max(n // max(seed.numel(), 1), 1)
