@@ -1,16 +1,16 @@
-"""The GPU launch of the latent op: allocates the outputs, plans what is new, launches the kernels of triton_kernels.py."""
+"""The GPU launch of the latent op: allocates the outputs, plans what is new, launches triton_kernels.py."""
 
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...core.dtypes import compute_dtype
 from ...gpu.gaussian import Options
-from ...gpu.launch import PLANS, Launch, compiler, signature
+from ...gpu.launch import PLANS, Launch, compiler, signatures
 from ...gpu.plan import LaunchSpec, Plan, plan_launch, views_of
 from ...gpu.tiles import Strides, Tiling
 from . import triton_kernels as kernels
@@ -151,17 +151,17 @@ def forward(arguments: Arguments) -> tuple[Tensor | None, Tensor | None]:
 def launch_forward(arguments: Arguments, mu: Tensor, x: Tensor, z: Tensor | None, kl: Tensor | None) -> None:
     _, _, mu_p, x_p, seed, eps, config = arguments
     eps = None if eps is None else eps.contiguous()
-    tensors = mu, x, mu_p, x_p, seed, eps, z, kl
-    key = "forward", config, mu.device, *map(signature, tensors)
+    key = "forward", config, mu.device, signatures(mu, x, mu_p, x_p, seed, eps, z, kl)
     planned = PLANS.get(key) or PLANS.add(key, plan_forward(arguments, mu, x, z, kl))
+    operands: Sequence[Tensor | None] = mu, x, mu_p, x_p
     if True in planned.copied:
-        mu, x, mu_p, x_p = contiguous([mu, x, *expanded_prior(arguments, mu.shape)], planned.copied)
+        operands = contiguous([mu, x, *expanded_prior(arguments, mu.shape)], planned.copied)
     if planned.parts and kl is not None:
         parts = kl.new_empty(planned.parts)
-        planned.launch(mu, x, mu_p, x_p, seed, eps, z, parts)
+        planned.launch(*operands, seed, eps, z, parts)
         planned.sums(parts, kl)
     else:
-        planned.launch(mu, x, mu_p, x_p, seed, eps, z, kl)
+        planned.launch(*operands, seed, eps, z, kl)
 
 
 def backward(
@@ -195,10 +195,9 @@ def launch_backward(
     if dz is not None and config.sample_shape:
         samples = math.prod(config.sample_shape)
         dz = dz.reshape(samples, *mu.shape) if samples else None
-    tensors = mu, x, mu_p, x_p, seed, eps, dz, dkl, dmu, dx, dmu_p, dx_p
-    key = "backward", config, mu.device, *map(signature, tensors)
+    key = "backward", config, mu.device, signatures(mu, x, mu_p, x_p, seed, eps, dz, dkl, dmu, dx, dmu_p, dx_p)
     planned = PLANS.get(key) or PLANS.add(key, plan_backward(arguments, mu, x, dz, dkl, grads))
+    operands: Sequence[Tensor | None] = mu, x, mu_p, x_p
     if True in planned.copied:
-        given = [mu, x, *expanded_prior(arguments, mu.shape), dz, None]
-        mu, x, mu_p, x_p, dz, _ = contiguous(given, planned.copied)
-    planned.launch(mu, x, mu_p, x_p, seed, eps, dz, dkl, dmu, dx, dmu_p, dx_p)
+        *operands, dz = contiguous([mu, x, *expanded_prior(arguments, mu.shape), dz], planned.copied[:-1])
+    planned.launch(*operands, seed, eps, dz, dkl, dmu, dx, dmu_p, dx_p)
