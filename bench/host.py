@@ -1,8 +1,8 @@
 """`python -m bench.host` measures what a launch costs on the host before the GPU runs it. It needs no GPU.
 
 bench/cuda_stub.c takes the place of the CUDA driver, and CPU tensors that of CUDA tensors. Triton's launcher and ours
-run as they would, and a launch ends in a function that does nothing. So the figures leave out the driver's own part of a
-launch and the cost of CUDA memory and random numbers, for which the whole call adds OUTPUTS_AND_SEED.
+run as they would, and a launch ends in a function that does nothing. So the figures leave out the driver's own part of
+a launch, and the cost of CUDA memory and random numbers, for which the whole call adds OUTPUTS_AND_SEED.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -53,9 +54,9 @@ def stub_driver() -> Iterator[Any]:
     assert not triton.knobs.runtime.interpret, "TRITON_INTERPRET is set: the interpreter does not launch"
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(backends, "backend_name", lambda device_type: "triton"),
-        mock.patch.object(latent, "compiler", lambda: "cuda"),
-        mock.patch.object(noise, "compiler", lambda: "cuda"),
+        mock.patch.object(backends, "backend_name", return_value="triton"),
+        mock.patch.object(latent, "compiler", return_value="cuda"),
+        mock.patch.object(noise, "compiler", return_value="cuda"),
     ):
         stub = build_stub(Path(folder))
         triton.knobs.nvidia.libcuda_path = folder
@@ -99,6 +100,22 @@ def calls_of(shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
     assert kl is not None
     grads, wanted = (torch.zeros_like(z), torch.zeros_like(kl)), (True, True, False, False)
 
+    class Empty(torch.autograd.Function):
+        """The tensors of a call without its checks and launches."""
+
+        @staticmethod
+        def forward(ctx: Any, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+            ctx.save_for_backward(mu, logvar, seed)
+            return mu.new_empty(z.shape), mu.new_empty(kl.shape)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+            mu, logvar, _ = ctx.saved_tensors
+            return mu.new_empty(mu.shape), logvar.new_empty(logvar.shape)
+
+    def empty() -> None:
+        torch.autograd.grad(Empty.apply(mu, logvar), (mu, logvar), grads)
+
     def whole() -> None:
         out = rk.reparameterize_kl(mu, logvar, seed=seed)
         torch.autograd.grad(out, (mu, logvar), grads)
@@ -107,6 +124,7 @@ def calls_of(shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
         "forward": lambda: latent.forward(arguments),
         "backward": lambda: latent.backward(arguments, grads, wanted),
         "randn": lambda: noise.fill_eps(z, seed),
+        "empty autograd.Function": empty,
         "whole call": whole,
     }
 
@@ -144,7 +162,7 @@ def main() -> None:
         print(shape)
         for name, us in figures["us"].items():
             ratio = figures["of three arguments"].get(name)
-            print(f"  {name:<20} {us:7.2f}" + (f"  {ratio:5.2f} x three arguments" if ratio else ""))
+            print(f"  {name:<24} {us:7.2f}" + (f"  {ratio:5.2f} x three arguments" if ratio else ""))
 
 
 if __name__ == "__main__":

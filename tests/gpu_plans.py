@@ -1,4 +1,4 @@
-"""Launches that reach a stub of the CUDA driver. `python -m tests.gpu_plans` prints each check's error, or null, as JSON.
+"""Launches that reach a stub of the CUDA driver. `python -m tests.gpu_plans` prints the error of each check as JSON.
 
 It runs in a separate process, since Triton cannot compile in the interpreter of the other tests.
 """
@@ -34,10 +34,7 @@ def step(batch=8, width=20, seed=1, skew=0, prior=False, z=True, shape=None, **o
     mu = torch.zeros(n + skew)[skew:].view(shape).requires_grad_()
     x = torch.zeros(shape, requires_grad=True)
     options["prior"] = (torch.zeros(shape), torch.zeros(shape)) if prior else None
-    if z:
-        out = rk.reparameterize_kl(mu, x, seed=seed, **options)
-    else:
-        out = (rk.kl_divergence(mu, x, **options),)
+    out = rk.reparameterize_kl(mu, x, seed=seed, **options) if z else [rk.kl_divergence(mu, x, **options)]
     torch.autograd.grad(out, (mu, x), [torch.ones_like(t) for t in out])
 
 
@@ -96,9 +93,9 @@ def check_a_plan_is_of_one_address_dtype_shape_and_option(stub):
         step(**kind)
         step(**kind)
         assert len(launcher.PLANS) == base + 2 * (i + 1), kind
-    keys = [launcher.signature(torch.zeros(4, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+    keys = [launcher.signatures(torch.zeros(4, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
     assert keys[0] != keys[1]
-    assert all(key[2] == torch.device("cpu") for key in launcher.PLANS)
+    assert all(torch.device("cpu") in key[1:] for key in launcher.PLANS)
 
 
 def check_a_launch_is_under_its_device_and_on_the_current_stream(stub):
@@ -117,17 +114,23 @@ def check_a_launch_is_under_its_device_and_on_the_current_stream(stub):
                                **plan.launch.options)  # fmt: skip
     streams = []
     for stream in (0, 77):
-        with mock.patch.object(active, "get_current_stream", lambda device, stream=stream: stream):
+        with mock.patch.object(active, "get_current_stream", return_value=stream):
             streams.append(int.from_bytes(bytes_of(stub, plan.launch, tensors, compiled)[8:16], "little"))
     assert streams == [0, 77], streams
     guarded = []
-    guard = launcher.device_guard
+
+    def guard(device):
+        guarded.append(device)
+        return mock.patch.object(active, "get_current_device", return_value=0)
+
+    before = stub.stub_launches()
     with (
-        mock.patch.object(active, "get_current_device", lambda: 1),
-        mock.patch.object(launcher, "device_guard", lambda device: guarded.append(device) or guard(device)),
+        mock.patch.object(active, "get_current_device", return_value=1),
+        mock.patch.object(launcher, "device_guard", guard),
     ):
         plan.launch(*tensors)
     assert guarded == [torch.device("cpu")]
+    assert stub.stub_launches() == before + 1
 
 
 def check_launch_hooks_fire(stub):

@@ -231,7 +231,7 @@ def check_position(call, spec, plan, block, chunk, r, p):
         assert start % 4 == 0
         assert samples == 1 or group % 4 == 0
     assert not how.COUNTER_32BIT or (samples - 1) * group + start + layout.cols < 2**34
-    assert how.ONE_KL == (not spec.kl_ndim)
+    assert how.ONE_KL is not bool(spec.kl_ndim)
     if not how.ONE_KL and not layout.row_len:
         assert row // plan.counts.rows_per_kl == element // (n // math.prod(spec.shape[: spec.kl_ndim]))
 

@@ -1,4 +1,4 @@
-"""What a planned launch hands to the CUDA driver, a stub of which takes the place of a GPU's: see tests/gpu_plans.py."""
+"""What a planned launch hands to the CUDA driver, whose place a stub takes: the checks of tests/gpu_plans.py."""
 
 import json
 import os

@@ -58,8 +58,9 @@ class Launch:
     ) -> None:
         self.kernel, self.device, self.grid, self.arguments, self.options = kernel, device, grid, arguments, options
         self._index = device.index or 0
-        self._run: Any = None  # of the compiled kernel, with its first arguments
-        self._fixed: tuple[Any, ...] = ()
+        self._grid = (*grid, 1, 1)[:3]
+        self._run: Any = None  # of the compiled kernel
+        self._fixed: tuple[Any, ...] = ()  # its arguments between the stream and ours
 
     def __call__(self, *tensors: Tensor | None) -> None:
         if self._run is None or is_hooked(self.kernel):
@@ -68,19 +69,16 @@ class Launch:
                 self._fixed = compiled.function, compiled.packed_metadata, None, None, None  # the last three are hooks'
                 self._run = compiled.run
         elif driver.active.get_current_device() == self._index:
-            self._launch(tensors)
+            stream = driver.active.get_current_stream(self._index)
+            self._run(*self._grid, stream, *self._fixed, *tensors, *self.arguments)
         else:
             with device_guard(self.device):
-                self._launch(tensors)
-
-    def _launch(self, tensors: tuple[Tensor | None, ...]) -> None:
-        stream = driver.active.get_current_stream(self._index)
-        self._run(*(*self.grid, 1, 1)[:3], stream, *self._fixed, *tensors, *self.arguments)
+                self(*tensors)
 
 
-def signature(t: Tensor | None) -> Any:
-    """Return all of a tensor that a launch depends on."""
-    return None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16)
+def signatures(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Return all that a launch depends on of each tensor."""
+    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors])
 
 
 class Plans(dict[Any, Any]):

@@ -132,7 +132,7 @@ class Run(NamedTuple):
 def coalesce(view: View) -> Run:
     """Return the runs of a tensor. A tensor with more than two levels of stride has to be copied.
 
-    A dim of size 1 counts like any other if that leaves two levels, so that a batch of one has the runs of a larger one.
+    A dim of size 1 counts like any other if that leaves two levels, so a batch of one has the runs of a larger one.
     """
     for skip_ones in (False, True):
         levels: list[tuple[int, int]] = []  # stride, and the first dim

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...core.dtypes import compute_dtype, has_float64
 from ...gpu.gaussian import Options
-from ...gpu.launch import PLANS, Launch, compiler, signature
+from ...gpu.launch import PLANS, Launch, compiler, signatures
 from ...gpu.plan import GRID_LIMIT, HIP_GRID_LIMIT, LaunchSpec, Plan, plan_launch, views_of
 from ...gpu.tiles import Strides, Tiling
 from . import triton_density_kernels as density_kernels
@@ -173,26 +173,27 @@ def launch_forward(arguments: Arguments, mu: Tensor, x: Tensor, z: Tensor | None
     """kl: the KL, or log_q."""
     _, _, mu_p, x_p, seed, eps, config = arguments
     eps = None if eps is None else eps.contiguous()
-    tensors = mu, x, mu_p, x_p, seed, eps, z, kl
-    key = "forward", config, mu.device, *map(signature, tensors)
+    key = "forward", config, mu.device, signatures(mu, x, mu_p, x_p, seed, eps, z, kl)
     planned = PLANS.get(key)
     if planned is None:
         samples = math.prod(config.sample_shape) if config.log_q else 1
         planned = PLANS.add(key, plan_forward(arguments, mu, x, z, kl, samples))
+    operands: Sequence[Tensor | None] = mu, x, mu_p, x_p
     if True in planned.copied:
-        mu, x, mu_p, x_p = contiguous([mu, x, *expanded_prior(arguments, mu.shape)], planned.copied)
+        operands = contiguous([mu, x, *expanded_prior(arguments, mu.shape)], planned.copied)
     if planned.parts and kl is not None:
         parts = kl.new_empty(planned.parts)
-        planned.launch(mu, x, mu_p, x_p, seed, eps, z, parts)
+        planned.launch(*operands, seed, eps, z, parts)
         sum_parts(planned.sums, parts, kl)
     else:
-        planned.launch(mu, x, mu_p, x_p, seed, eps, z, kl)
+        planned.launch(*operands, seed, eps, z, kl)
 
 
 def sum_parts(sums: tuple[Launch, ...], parts: Tensor, kl: Tensor) -> None:
     """Add up the parts of each KL."""
     most, count = sums[0].grid[0], parts.numel() // kl.numel()
-    for add, some_parts, some_kl in zip(sums, parts.split(most * count), kl.view(-1).split(most), strict=True):
+    some = torch.split(parts, most * count), torch.split(kl.view(-1), most)  # type: ignore[no-untyped-call]
+    for add, some_parts, some_kl in zip(sums, *some, strict=True):
         add(some_parts, some_kl)
 
 
@@ -228,10 +229,9 @@ def launch_backward(
     if dz is not None and config.sample_shape:
         samples = math.prod(config.sample_shape)
         dz = dz.reshape(samples, *mu.shape) if samples else None
-    tensors = mu, x, mu_p, x_p, seed, eps, dz, dkl, dmu, dx, dmu_p, dx_p
-    key = "backward", config, mu.device, *map(signature, tensors)
+    key = "backward", config, mu.device, signatures(mu, x, mu_p, x_p, seed, eps, dz, dkl, dmu, dx, dmu_p, dx_p)
     planned = PLANS.get(key) or PLANS.add(key, plan_backward(arguments, mu, x, dz, dkl, grads))
+    operands: Sequence[Tensor | None] = mu, x, mu_p, x_p
     if True in planned.copied:
-        given = [mu, x, *expanded_prior(arguments, mu.shape), dz, None]
-        mu, x, mu_p, x_p, dz, _ = contiguous(given, planned.copied)
-    planned.launch(mu, x, mu_p, x_p, seed, eps, dz, dkl, dmu, dx, dmu_p, dx_p)
+        *operands, dz = contiguous([mu, x, *expanded_prior(arguments, mu.shape), dz], planned.copied[:-1])
+    planned.launch(*operands, seed, eps, dz, dkl, dmu, dx, dmu_p, dx_p)

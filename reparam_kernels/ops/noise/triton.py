@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ...gpu.launch import PLANS, Launch, compiler, signature
+from ...gpu.launch import PLANS, Launch, compiler, signatures
 from ...gpu.plan import LaunchSpec, plan_launch, views_of
 from . import triton_kernels as kernels
 
@@ -11,7 +11,7 @@ def fill_eps(out: Tensor, seed: Tensor) -> None:
     """Fill `out`, which is contiguous, with the noise of `seed`."""
     if out.numel() == 0:
         return
-    key = "randn", out.device, signature(out), signature(seed)
+    key = "randn", out.device, signatures(out, seed)
     launch = PLANS.get(key) or PLANS.add(key, plan_randn(out, seed))
     launch(out, seed)
 
