@@ -1,8 +1,8 @@
 """Measures time and memory. Each round runs every provider once in another order; quantiles are over the rounds.
 
-A warm turn begins with one call that is not timed, so the state of caches and allocator that the last provider left does
-not count for the next. In a cold turn, another provider's call comes before each timed call, as other work of a training
-step would.
+A warm turn begins with one call that is not timed, so the state of caches and allocator that the last provider left
+does not count for the next. In a cold turn, another provider's call comes before each timed call, as other work of a
+training step would.
 """
 
 import random
@@ -86,7 +86,7 @@ def interleave(
 
 
 def passes(f: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor]) -> dict[str, Callable[[], Any]]:
-    """Return calls of the op: forward without and with a graph for backward, and forward with backward to every leaf."""
+    """Return calls of the op: forward without and with a graph, and forward with backward to every leaf."""
     with torch.no_grad():
         grads = [torch.full_like(y, 0.5) for y in f(*leaves)]
 

@@ -37,10 +37,10 @@ def _in_plain_torch(function: Callable[..., Any], *, z: bool = False, kl: bool =
     keywords = inspect.signature(function).parameters.keys()
 
     @wraps(function)
-    def plain(*args: Any, **options: Any) -> Any:
+    def plain(mu: Any, logvar: Any, **options: Any) -> Any:
         for name in options.keys() - keywords:
             raise TypeError(f"{where}() got an unexpected keyword argument {name!r}")
-        outputs = formula(make_arguments(where, *args, z=z, kl=kl, **options))
+        outputs = formula(make_arguments(where, mu, logvar, z=z, kl=kl, **options))
         return outputs if z and kl else outputs[0] if z else outputs[1]
 
     return plain

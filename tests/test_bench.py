@@ -54,7 +54,7 @@ def test_a_run_survives_a_machine_without_git(tmp_path):
 def test_cold_turns_run_another_provider_before_each_timed_call():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    with mock.patch.object(measure, "once", lambda call, repeats, device: (1.0, 1.0)):  # one timed call a turn
+    with mock.patch.object(measure, "once", return_value=(1.0, 1.0)):  # one timed call a turn
         *_, timings = measure.interleave(calls, 5, "cpu", cold=True)
     turns = order[3 * len(calls) :]  # after the warm-up
     assert len(turns) == 2 * 5 * len(calls)

@@ -19,6 +19,7 @@ def _unknown_pair(mu: Any, x: Any) -> int:
 # or -1 for anything else, which the checks below then read one by one.
 plain_pair_ndim = _unknown_pair if isinstance(extension.LOADED, str) else extension.LOADED.plain_pair_ndim
 
+
 def floating(where: str, name: str, t: Any) -> None:
     if not isinstance(t, Tensor):
         got = type(t).__name__
