@@ -22,9 +22,11 @@ from reparam_kernels.profiling.processor import processor
 
 from . import charts, providers, steps
 
-SIZES = ["128x20", "512x128", "256x1024", "1024x1024", "4096x1024"]
+SIZES = ["8x30", "128x20", "512x128", "256x1024", "1024x1024", "4096x1024"]
+SMALL = ["8x30", "128x20"]  # of a sample alone and of a KL alone, which real models call many times a step
 QUICK = ["128x20", "512x128"]
-PROVIDERS = ["ours", "ours again", "eager", "distributions", "compile", "compile fallback"]
+DEFAULTS = ["latent", "sample", "kl"]
+PROVIDERS = ["ours", "ours again", "eager", "distributions", "compile", "compile fallback", "ours compiled"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 Row = dict[str, Any]
 
@@ -38,13 +40,15 @@ def size(text: str) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "--op", nargs="+", choices=[*providers.OPS, "noise", "step"], default=["latent", "noise", "step"]
+        "--op", nargs="+", choices=[*providers.OPS, "noise", "step"], default=[*DEFAULTS, "noise", "step"]
     )
-    parser.add_argument("--size", nargs="+", type=size, help=f"as 512x128 or 16x4x64x64; default: {' '.join(SIZES)}")
+    sizes = f"as 512x128 or 16x4x64x64; default: {' '.join(SIZES)}, of sample and kl {' '.join(SMALL)}"
+    parser.add_argument("--size", nargs="+", type=size, help=sizes)
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32"])
     parser.add_argument("--device", default="cpu", help="as torch names it; default: cpu")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads on the CPU; default: 1")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS, help="what is timed")
+    parser.add_argument("--cold", action="store_true", help="another provider's call before each timed call; CPU only")
     parser.add_argument("--rounds", type=int, default=40, help="of all providers in turn; default: 40")
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds, no compiler")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
@@ -52,11 +56,17 @@ def arguments() -> argparse.Namespace:
     why = backends.unusable(args.device)
     if why is not None:
         parser.error(f"--device: must be a device that torch can use here; got {args.device!r}: {why}")
+    if args.cold and args.device != "cpu":
+        parser.error(f"--cold: the device must be cpu; got {args.device}. Leave --cold out.")
     if args.quick:
         args.rounds = min(args.rounds, 12)
-        args.providers = [p for p in args.providers if not p.startswith("compile")]
-    args.size = args.size or (QUICK if args.quick else SIZES)
+        args.providers = [p for p in args.providers if "compile" not in p]
     return args
+
+
+def sizes_of(op: str, args: argparse.Namespace) -> list[str]:
+    """Return the sizes to measure an op at."""
+    return args.size or (QUICK if args.quick else SMALL if op in ("sample", "kl") else SIZES)
 
 
 def commit() -> str:
@@ -88,6 +98,7 @@ def conditions(args: argparse.Namespace) -> Row:
         "machine": machine,
         "isa": isa,
         "threads": args.threads,
+        "caches": "cold" if args.cold else "warm",
         "torch": torch.__version__,
         "commit": commit(),
         "noise_version": rk.NOISE_VERSION,
@@ -97,7 +108,8 @@ def conditions(args: argparse.Namespace) -> Row:
 def timed(calls: dict[str, Callable[[], Any]], what: Row, args: argparse.Namespace) -> list[Row]:
     """Measure and return one row per provider, with its ratio to ours."""
     label = " ".join(str(v) for v in what.values())
-    progress = tqdm(measure.interleave(calls, args.rounds, args.device), desc=label, total=args.rounds, leave=False)
+    turns = measure.interleave(calls, args.rounds, args.device, args.cold)
+    progress = tqdm(turns, desc=label, total=args.rounds, leave=False)
     *_, timings = progress
     clock = "wall" if args.threads > 1 else "cpu"
     ours = getattr(timings["ours"], clock).q50
@@ -129,7 +141,7 @@ def bench_op(name: str, size: str, dtype: str, bandwidth: float, args: argparse.
         measure.check(provider, f, leaves, op.truth)
     made = {provider: measure.passes(f, leaves) for provider, f in functions.items()}
     rows = []
-    for passes, which in enumerate(("forward", "forward+backward"), 1):
+    for which, passes in (("forward", 1), ("forward with grad", 1), ("forward+backward", 2)):
         calls = {provider: by_pass[which] for provider, by_pass in made.items()}
         if op.samples:
             calls["noise alone"] = lambda: rk.randn(shape, dtype=DTYPES[dtype], device=args.device)
@@ -157,11 +169,7 @@ def bench_noise(size: str, dtype: str, args: argparse.Namespace) -> list[Row]:
 
 def bench_step(name: str, args: argparse.Namespace) -> list[Row]:
     make = steps.STEPS[name]
-    calls = {
-        "ours": make("ours", args.device),
-        "ours again": make("ours", args.device),
-        "eager": make("eager", args.device),
-    }
+    calls = {provider: make(provider.split()[0], args.device) for provider in ("ours", "ours again", "eager")}
     return timed(calls, {"op": "step", "pass": "training step", "size": name, "dtype": "float32"}, args)
 
 
@@ -197,7 +205,7 @@ def main() -> None:
                 rows += bench_step(name, args)
             continue
         for dtype in args.dtype:
-            for size in args.size:
+            for size in sizes_of(op, args):
                 rows += bench_noise(size, dtype, args) if op == "noise" else bench_op(op, size, dtype, bandwidth, args)
     known = {**conditions(args), "copy_gb_s": bandwidth / 1e9}
     print(table(rows))

@@ -12,7 +12,8 @@ Row = dict[str, Any]
 OURS = ("ours", "ours again", "noise alone")  # not peers
 COLOURS = {
     "ours": "#1f5fbf", "eager": "#e07b39", "distributions": "#8c8c8c", "compile": "#b65cb6",
-    "compile fallback": "#3a9a5b", "torch.randn": "#e07b39", "torch.func._random": "#3a9a5b",
+    "compile fallback": "#3a9a5b", "ours compiled": "#12335f", "distributions compiled": "#555555",
+    "torch.randn": "#e07b39", "torch.func._random": "#3a9a5b",
 }  # fmt: skip
 
 

@@ -15,7 +15,10 @@ PEERS = {
     "distributions": "torch.distributions",
     "compile": "torch.compile",
     "compile fallback": "torch.compile, fallback_random",
+    "distributions compiled": "torch.distributions, compiled",
+    "ours compiled": "ours, compiled",
 }
+SHORT = ("8x30", "128x20", "512x128", "1024x1024")
 LIMITS = {"of copy": "of_bandwidth", "of noise": "of_noise"}
 Row = dict[str, str]
 
@@ -47,8 +50,8 @@ def ratios(rows: list[Row], *names: str, limits: dict[str, str] = LIMITS) -> str
     return "\n".join(lines) + "\n"
 
 
-def measured(folder: str, *names: str) -> str:
-    rows = read(folder)
+def measured(folder: str, *names: str, op: str = "") -> str:
+    rows = [row for row in read(folder) if op in ("", row["op"])]
     return ratios(rows, *names) + "\n" + conditions(rows)
 
 
@@ -63,13 +66,13 @@ def conditions(rows: list[Row]) -> str:
 
 
 def short() -> str:
-    """Make the table of README: three sizes, the noise, whole training steps."""
+    """Make the table of README: the op at three sizes, its parts at small ones, the noise, whole training steps."""
     rows = read("")
     noise = [row for row in rows if row["op"] == "noise" and row["provider"] == "torch.randn"]
     steps = [row for row in rows if row["op"] == "step" and row["provider"] == "eager"]
     return "\n".join(
         (
-            ratios([row for row in rows if row["size"] in ("128x20", "512x128", "1024x1024")], limits={}),
+            ratios([row for row in rows if row["size"] in SHORT], "op", limits={}),
             conditions(rows),
             "torch.randn against rk.randn: "
             + ", ".join(f"{row['size'].replace('x', ' x ')} {float(row['ratio_to_ours']):.1f}x" for row in noise)
@@ -94,7 +97,7 @@ def scaling() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "short": short,
-    "main": lambda: measured(""),
+    "main": lambda: measured("", op="latent"),
     "ops": lambda: ratios(read("ops") + read("packed"), "op"),
     "half": lambda: ratios(read("half"), "dtype"),
     "avx2": lambda: measured("avx2"),

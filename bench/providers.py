@@ -124,8 +124,10 @@ def providers(op: Op, names: list[str]) -> dict[str, Callable[..., Outputs]]:
     made: dict[str, Any] = {
         "ours": lambda: op.ours,
         "ours again": lambda: op.ours,  # its distance from "ours" shows the noise of the measurement
+        "ours compiled": lambda: compiled(op.ours, True),
         "eager": lambda: op.eager,
         "distributions": lambda: op.distributions,
+        "distributions compiled": lambda: op.distributions and compiled(op.distributions, True),
         "compile": lambda: compiled(op.eager, False),
         "compile fallback": lambda: compiled(op.eager, True),
     }

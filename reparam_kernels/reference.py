@@ -50,7 +50,7 @@ def _in_plain_torch(
     keywords = inspect.signature(function).parameters.keys()
 
     @wraps(function)
-    def plain(mu: Tensor, logvar: Tensor, **options: Any) -> Any:
+    def plain(mu: Any, logvar: Any, **options: Any) -> Any:
         for name in options.keys() - keywords:
             raise TypeError(f"{where}() got an unexpected keyword argument {name!r}")
         if density is not None:

@@ -23,7 +23,7 @@ FLAGS = ["-std=c++17", "-g", "-O2", "-fopenmp-simd"]
 FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 CHECKS = ["-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
 LEVELS = {"baseline": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
-BINDING = ["csrc/bindings.cpp", "csrc/core/borrowed_tensor.cpp"]
+BINDING = ["csrc/bindings.cpp", "csrc/core/borrowed_tensor.cpp", "csrc/core/huge_pages.cpp"]
 QUIET = ["-Wno-pass-failed", "-Wno-bitwise-conditional-parentheses"]
 SEED = 1
 

@@ -33,7 +33,7 @@ def test_every_case_has_a_row_with_its_conditions(run):
     for size in ("64x32", "16x8"):
         for dtype in ("float32", "bfloat16"):
             assert ("noise", "forward", size, dtype, "torch.randn") in cases
-            for which in ("forward", "forward+backward"):
+            for which in ("forward", "forward with grad", "forward+backward"):
                 for peer in ("ours", "ours again", "eager", "distributions"):
                     assert ("latent", which, size, dtype, peer) in cases
                     assert ("kl", which, size, dtype, peer) in cases
@@ -50,6 +50,18 @@ def test_a_run_survives_a_machine_without_git(tmp_path):
     subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, check=True, capture_output=True, env=env)
     with open(tmp_path / "results.csv", newline="") as file:
         assert {row["commit"] for row in csv.DictReader(file)} == {"unknown"}
+
+
+def test_cold_turns_run_another_provider_before_each_timed_call():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    with mock.patch.object(measure, "once", return_value=(1.0, 1.0)):  # one timed call a turn
+        *_, timings = measure.interleave(calls, 5, "cpu", cold=True)
+    turns = order[3 * len(calls) :]  # after the warm-up
+    assert len(turns) == 2 * 5 * len(calls)
+    assert all(other != timed for other, timed in zip(turns[::2], turns[1::2], strict=True))
+    assert sorted(turns[1::2]) == sorted("abc" * 5)
+    assert set(timings) == set("abc")
 
 
 def test_a_device_with_an_index_is_made_the_current_one():

@@ -5,6 +5,8 @@ import warnings
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -328,6 +330,10 @@ def test_opcheck(requires_grad, options):
     wanted = [t is not None for t in args[:4]]
     torch.library.opcheck(torch.ops.reparam_kernels.latent_backward.default, (*args, dz, dkl, wanted))
     torch.library.opcheck(torch.ops.reparam_kernels.noise.default, (torch.arange(3), [2, 6, 5], 2))
+    if not requires_grad:  # launches have no autograd
+        torch.library.opcheck(torch.ops.reparam_kernels.latent_launch.default, LATENT.to_launch(args))
+        launch = (*LATENT.to_launch(args, wanted), dz, dkl)
+        torch.library.opcheck(torch.ops.reparam_kernels.latent_backward_launch.default, launch)
 
 
 def test_the_backward_op_has_a_gradient_of_its_own():
@@ -411,6 +417,18 @@ def test_a_plain_subclass_is_read_as_a_tensor():
     mu, x = inputs(4, 6, requires_grad=False)
     z = rk.reparameterize(mu.as_subclass(Named), x.as_subclass(Named), seed=7)
     assert torch.equal(z.as_subclass(torch.Tensor), rk.reparameterize(mu, x, seed=7))
+
+
+def test_a_compiled_graph_holds_launches_which_run_no_python_for_autograd():
+    graphs = []
+
+    def keep(graph, example):
+        graphs.append([str(n.target) for n in graph.graph.nodes if "reparam" in str(n.target)])
+        return make_boxed_func(graph.forward)
+
+    z, kl = torch.compile(CASES["both"], backend=aot_autograd(fw_compiler=keep), fullgraph=True)(*inputs(4, 6))
+    (z.sum() + kl.sum()).backward()
+    assert graphs == [["reparam_kernels.latent_launch.default"], ["reparam_kernels.latent_backward_launch.default"]]
 
 
 def test_no_graph_break_is_counted():

@@ -36,7 +36,7 @@ struct BorrowedTensor {
   int64_t numel() const { return product(0, t.ndim); }
   int64_t product(int from, int to) const;  // of the sizes of these dims
   bool same_sizes(int from, const BorrowedTensor& other, int other_from, int count) const;
-  Operand operand() const;  // absent for None
+  Operand operand() const;       // absent for None
   void will_be_written() const;  // for the first time, as a rule; prepares the memory
 
   // Each of these holds for None.

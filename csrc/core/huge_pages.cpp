@@ -14,7 +14,8 @@ void prefer_huge_pages(void* data, size_t bytes) {
   // request ends with the tensor.
   constexpr size_t kLeast = (size_t)32 << 20, kPage = (size_t)2 << 20;
   if (bytes < kLeast) return;
-  const uintptr_t begin = ((uintptr_t)data + kPage - 1) / kPage * kPage, end = ((uintptr_t)data + bytes) / kPage * kPage;
+  const uintptr_t begin = ((uintptr_t)data + kPage - 1) / kPage * kPage,
+                  end = ((uintptr_t)data + bytes) / kPage * kPage;
   (void)madvise((void*)begin, end - begin, MADV_HUGEPAGE);  // a refusal changes no result
 #else
   (void)data, (void)bytes;

@@ -6,8 +6,8 @@ and `name_backward`, serve torch.compile, export and dispatch modes; an autograd
 In a registered op, an output that is not asked for and a gradient that is not wanted are empty tensors.
 
 Below autograd a registered op becomes its launch, the op `<name>_launch`, which is what a compiled graph holds. A
-launch has no autograd, for which torch would run Python at each call, and it takes the options as one string, since
-torch converts each argument twice.
+launch has no autograd, for which torch would run Python at each call. It takes the options as one string, since torch
+converts each argument twice, and returns only the tensors that are asked for.
 """
 
 import json
@@ -209,14 +209,20 @@ def define(name: str, flat: list[str], results: tuple[str, ...], launch: list[st
     """Register an op and its launch, given the schemas of their arguments; return the op."""
     returned = f"({', '.join(['Tensor'] * len(results))})"
     LIBRARY.define(f"{name}({', '.join(flat)}) -> {returned}")
-    LIBRARY.define(f"{name}_launch({', '.join(launch)}) -> {returned}")
+    LIBRARY.define(f"{name}_launch({', '.join(launch)}) -> Tensor[]")
     op, launch_op = (getattr(torch.ops.reparam_kernels, n) for n in (name, f"{name}_launch"))
 
+    def in_full(make: Callable[..., list[Tensor]], values: tuple[Any, ...]) -> Any:
+        """Make what a launch returns, and an empty tensor for each result that is not asked for."""
+        launched = rules.to_launch(values)
+        made = iter(make(*launched))
+        return one_or_all(next(made) if asked else values[0].new_empty(0) for asked in rules.asked(launched))
+
     def lower(*values: Any) -> Any:
-        return launch_op.default(*rules.to_launch(values))
+        return in_full(launch_op.default, values)
 
     def fake(*values: Any) -> Any:
-        return rules.fake(*rules.to_launch(values))
+        return in_full(rules.fake, values)
 
     for key in ("ADInplaceOrView", "CompositeExplicitAutograd"):  # below autograd; and where inference mode skips that
         torch.library.impl(LIBRARY, name, key)(lower)
@@ -239,16 +245,18 @@ class ForwardRules:
     def to_launch(self, values: Sequence[Any]) -> tuple[Any, ...]:
         return self.op.to_launch(values)
 
-    def run(self, *values: Any) -> Any:
-        arguments, _ = self.op.from_launch(plain_tensors(values))
-        first = arguments[0]
-        outputs = self.op.kernels(first.device).forward(arguments)
-        return one_or_all([first.new_empty(0) if t is None else t for t in outputs])
+    def asked(self, values: Sequence[Any]) -> list[bool]:
+        """Return which outputs a launch makes."""
+        return [shape is not None for shape in self.op.shapes(self.op.from_launch(values)[0])]
 
-    def fake(self, *values: Any) -> Any:
-        arguments, _ = self.op.from_launch(values)
-        first, shapes = values[0], self.op.shapes(arguments)
-        return one_or_all(first.new_empty(0) if s is None else first.new_empty(s.sizes, dtype=s.dtype) for s in shapes)
+    def run(self, *values: Any) -> list[Tensor]:
+        arguments, _ = self.op.from_launch(plain_tensors(values))
+        outputs = self.op.kernels(arguments[0].device).forward(arguments)
+        return [t for t in outputs if t is not None]
+
+    def fake(self, *values: Any) -> list[Tensor]:
+        shapes = self.op.shapes(self.op.from_launch(values)[0])
+        return [values[0].new_empty(s.sizes, dtype=s.dtype) for s in shapes if s is not None]
 
     def save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         ctx.save_for_backward(*inputs[: self.op.n_tensors])
@@ -278,22 +286,19 @@ class BackwardRules:
         flat, grads, wanted = self.split(values)
         return *self.op.to_launch(flat, wanted), *grads
 
-    def run(self, *values: Any) -> Any:
+    def asked(self, values: Sequence[Any]) -> list[bool]:
+        """Return which gradients a launch makes."""
+        arguments, wanted = self.op.from_launch(values[: -self.op.n_outputs])
+        return [want and t is not None for t, want in zip(arguments, wanted, strict=False)]
+
+    def run(self, *values: Any) -> list[Tensor]:
         op, values = self.op, plain_tensors(values)
         arguments, wanted = op.from_launch(values[: -op.n_outputs])
-        first = arguments[0]
-        input_grads = op.gradients(arguments, values[-op.n_outputs :], wanted)
-        return one_or_all(
-            [
-                grad if grad is not None else t.new_zeros(t.shape) if want and t is not None else first.new_empty(0)
-                for grad, t, want in zip(input_grads, arguments, wanted, strict=False)
-            ]
-        )
+        grads = zip(op.gradients(arguments, values[-op.n_outputs :], wanted), arguments, wanted, strict=False)
+        return [t.new_zeros(t.shape) if g is None else g for g, t, want in grads if want and t is not None]
 
-    def fake(self, *values: Any) -> Any:
-        arguments, wanted = self.op.from_launch(values[: -self.op.n_outputs])
-        first, inputs = values[0], zip(arguments, wanted, strict=False)
-        return one_or_all(first.new_empty(0) if not want or t is None else t.new_empty(t.shape) for t, want in inputs)
+    def fake(self, *values: Any) -> list[Tensor]:
+        return [t.new_empty(t.shape) for t, asked in zip(values, self.asked(values), strict=False) if asked]
 
     def save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         flat, grads, ctx.wanted = self.split(inputs)

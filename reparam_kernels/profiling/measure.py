@@ -1,7 +1,8 @@
 """Measures time and memory. Each round runs every provider once in another order; quantiles are over the rounds.
 
-A turn begins with one call that is not timed, so the state of caches and allocator that the last provider left does not
-count for the next.
+A warm turn begins with one call that is not timed, so the state of caches and allocator that the last provider left
+does not count for the next. In a cold turn, another provider's call comes before each timed call, as other work of a
+training step would.
 """
 
 import random
@@ -48,7 +49,21 @@ def once(call: Callable[[], Any], repeats: int, device: str) -> tuple[float, flo
     return (time.thread_time_ns() - cpu) / 1e9 / repeats, (time.perf_counter_ns() - wall) / 1e9 / repeats
 
 
-def interleave(calls: dict[str, Callable[[], Any]], rounds: int, device: str) -> Iterator[dict[str, Timing]]:
+def once_cold(call: Callable[[], Any], other: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Time one call on a CPU likewise, with an untimed call of another provider before each."""
+    wall = cpu = 0
+    for _ in range(repeats):
+        other()
+        start = time.perf_counter_ns(), time.thread_time_ns()
+        call()
+        cpu += time.thread_time_ns() - start[1]
+        wall += time.perf_counter_ns() - start[0]
+    return cpu / 1e9 / repeats, wall / 1e9 / repeats
+
+
+def interleave(
+    calls: dict[str, Callable[[], Any]], rounds: int, device: str, cold: bool = False
+) -> Iterator[dict[str, Timing]]:
     """Yield the results so far after each round, for a progress bar."""
     repeats = {}
     for name, call in calls.items():  # warm-up, outside of the measurement
@@ -59,7 +74,11 @@ def interleave(calls: dict[str, Callable[[], Any]], rounds: int, device: str) ->
     shuffle = random.Random(0)
     for i in range(rounds):
         for name in shuffle.sample(list(calls), len(calls)):  # so that nobody always follows the same provider
-            samples[name].append(once(calls[name], repeats[name], device))
+            if cold:
+                other = calls[shuffle.choice([n for n in calls if n != name])]
+                samples[name].append(once_cold(calls[name], other, repeats[name]))
+            else:
+                samples[name].append(once(calls[name], repeats[name], device))
         if i == rounds - 1:
             yield {n: Timing(*(quantiles(list(column)) for column in zip(*s, strict=True))) for n, s in samples.items()}
         else:
@@ -67,7 +86,7 @@ def interleave(calls: dict[str, Callable[[], Any]], rounds: int, device: str) ->
 
 
 def passes(f: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor]) -> dict[str, Callable[[], Any]]:
-    """Return calls of the op: forward without gradients, and forward with backward to every leaf."""
+    """Return calls of the op: forward without and with a graph, and forward with backward to every leaf."""
     with torch.no_grad():
         grads = [torch.full_like(y, 0.5) for y in f(*leaves)]
 
@@ -75,10 +94,13 @@ def passes(f: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor]) -> dict[s
         with torch.no_grad():
             return f(*leaves)
 
+    def with_grad() -> Any:
+        return f(*leaves)
+
     def both() -> Any:
         return torch.autograd.grad(f(*leaves), leaves, grads)
 
-    return {"forward": forward, "forward+backward": both}
+    return {"forward": forward, "forward with grad": with_grad, "forward+backward": both}
 
 
 def saved_bytes(f: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor]) -> int:

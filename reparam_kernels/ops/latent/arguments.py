@@ -11,8 +11,9 @@ from ...core import checks
 from ...core.dtypes import FLOATS, compute_dtype, dtype_name
 from ...core.op import Shape, resolve_neg
 from ...core.seeds import make_seed
+from ...core.torch_modes import constant_to_the_compiler
 
-DO_EVENT_NDIM = "Pass how many trailing dims of mu the KL sums over."
+DO_EVENT_NDIM = "Pass how many trailing dims of mu the sum runs over."
 PARAMS = ("logvar", "logstd", "std", "softplus")
 
 
@@ -140,12 +141,29 @@ def _check_tensors(
     if packed is not None:
         checks.floating(where, "moments", mu)
         return resolve_neg(mu), None, eps, prior
-    checks.floating(where, "mu", mu)
-    checks.floating(where, "logvar", logvar)
+    plain = _is_plain_pair(mu, logvar)
+    if not plain:
+        checks.floating(where, "mu", mu)
+        checks.floating(where, "logvar", logvar)
     if eps is not None or prior is not None or mu.dtype != logvar.dtype:
         mu, logvar, eps, prior = _promote(mu, logvar, eps, prior)
-    checks.like_mu(where, "logvar", logvar, mu)
+    if not plain:
+        checks.like_mu(where, "logvar", logvar, mu)
     return resolve_neg(mu), resolve_neg(logvar), eps, prior
+
+
+def _is_plain_pair(mu: Any, logvar: Any) -> bool:
+    """Return True for what plain_pair_ndim takes. A compiled call guards each function that it traced: here, one."""
+    return (
+        isinstance(mu, Tensor)
+        and isinstance(logvar, Tensor)
+        and mu.dtype in FLOATS
+        and mu.dtype is logvar.dtype
+        and mu.shape == logvar.shape
+        and mu.device == logvar.device
+        and mu.layout is torch.strided
+        and logvar.layout is torch.strided
+    )
 
 
 def _unpacked_shape(moments: Tensor, packed: int) -> torch.Size:
@@ -177,8 +195,12 @@ def _make_config(compiling: bool, where: str, ndim: int, z: bool, kl: bool, samp
     if type(param) is not str or type(min_std) is not float or not plain_clamp:
         min_std, clamp = _check_scale(where, param, min_std, clamp)
     symbolic = sample_shape != () and isinstance(sample_shape, tuple) and torch.SymInt in map(type, sample_shape)
-    make = _check_config if compiling or symbolic else _cached_config  # torch.compile warns about a cache
-    return make(where, ndim, z, kl, sample_shape, event_ndim, param, min_std, clamp, packed, density)
+    arguments = (where, ndim, z, kl, sample_shape, event_ndim, param, min_std, clamp, packed, density)
+    if symbolic:
+        return _check_config(*arguments)
+    if not compiling:
+        return _cached_config(*arguments)
+    return _constant_config(arguments) or _check_config(*arguments)
 
 
 def _check_config(
@@ -219,6 +241,15 @@ def _with_density(where: str, config: Config, density: Density) -> Config:
 
 
 _cached_config = lru_cache(maxsize=1024)(_check_config)
+
+
+@constant_to_the_compiler
+def _constant_config(arguments: tuple[Any, ...]) -> Config | None:
+    """Return the options, or None if tracing the checks is to raise their error. The compiler guards none of this."""
+    try:
+        return _check_config(*arguments)
+    except (TypeError, ValueError):
+        return None
 
 
 def _check_event_ndim(where: str, event_ndim: Any, ndim: int) -> int:

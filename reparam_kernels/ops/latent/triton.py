@@ -192,7 +192,7 @@ def launch_forward(arguments: Arguments, mu: Tensor, x: Tensor, z: Tensor | None
 def sum_parts(sums: tuple[Launch, ...], parts: Tensor, kl: Tensor) -> None:
     """Add up the parts of each KL."""
     most, count = sums[0].grid[0], parts.numel() // kl.numel()
-    some = torch.split(parts, most * count), torch.split(kl.view(-1), most)  # type: ignore[no-untyped-call]
+    some = torch.split(parts, most * count), torch.split(kl.view(-1), most)
     for add, some_parts, some_kl in zip(sums, *some, strict=True):
         add(some_parts, some_kl)
 
