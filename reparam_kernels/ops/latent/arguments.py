@@ -11,7 +11,6 @@ from ...core import checks
 from ...core.dtypes import FLOATS, compute_dtype, dtype_name
 from ...core.op import Shape, resolve_neg
 from ...core.seeds import make_seed
-from ...core.torch_modes import constant_to_the_compiler
 
 PARAMS = ("logvar", "logstd", "std", "softplus")
 
@@ -171,12 +170,8 @@ def _make_config(compiling: bool, where: str, ndim: int, z: bool, kl: bool, samp
     sample_shape = tuple(sample_shape) if isinstance(sample_shape, list) else sample_shape
     clamp = tuple(clamp) if isinstance(clamp, list) else clamp
     symbolic = sample_shape != () and isinstance(sample_shape, tuple) and torch.SymInt in map(type, sample_shape)
-    arguments = (where, ndim, z, kl, sample_shape, event_ndim, param, min_std, clamp, packed)
-    if symbolic:
-        return _check_config(*arguments)
-    if not compiling:
-        return _cached_config(*arguments)
-    return _constant_config(arguments) or _check_config(*arguments)
+    make = _check_config if compiling or symbolic else _cached_config  # torch.compile warns about a cache
+    return make(where, ndim, z, kl, sample_shape, event_ndim, param, min_std, clamp, packed)
 
 
 def _check_config(
@@ -199,14 +194,6 @@ def _check_config(
 
 _cached_config = lru_cache(maxsize=1024)(_check_config)
 
-
-@constant_to_the_compiler
-def _constant_config(arguments: tuple[Any, ...]) -> Config | None:
-    """Return the options, or None if tracing the checks is to raise their error. The compiler guards none of this."""
-    try:
-        return _check_config(*arguments)
-    except (TypeError, ValueError):
-        return None
 
 
 def _check_event_ndim(where: str, event_ndim: Any, ndim: int) -> int:
