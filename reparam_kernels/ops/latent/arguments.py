@@ -195,7 +195,6 @@ def _check_config(
 _cached_config = lru_cache(maxsize=1024)(_check_config)
 
 
-
 def _check_event_ndim(where: str, event_ndim: Any, ndim: int) -> int:
     if event_ndim is None:
         return max(ndim - 1, min(ndim, 1))
