@@ -181,11 +181,13 @@ class DiagonalGaussian:
         """Compute log N(z; mu, sigma^2) in nats, summed over the event dims, in float32 (float64 for float64)."""
         checks.floating("DiagonalGaussian.log_prob", "z", z)
         mu = self.mean
-        if z.shape[max(z.dim() - mu.dim(), 0) :] != mu.shape:
+        try:
+            torch.broadcast_shapes(z.shape, mu.shape)  # type: ignore[no-untyped-call]
+        except RuntimeError:
             raise ValueError(
-                f"DiagonalGaussian.log_prob: z must have the shape of mu, after any sample dims; got mu "
-                f"{tuple(mu.shape)}, z {tuple(z.shape)}. Expand z before the call."
-            )
+                f"DiagonalGaussian.log_prob: z must broadcast with mu; got mu {tuple(mu.shape)}, z {tuple(z.shape)}. "
+                "Give z the shape of mu, after any sample dims."
+            ) from None
         dtype = compute_dtype(mu.dtype)
         sigma = sigma_of(self._x().to(dtype), self._options["param"], self._options["min_std"])
         squares = ((z.to(dtype) - mu.to(dtype)) / sigma) ** 2

@@ -241,8 +241,8 @@ CASES = {
     "log_prob": (
         lambda: rk.DiagonalGaussian(MU, X).log_prob(torch.zeros(3)),
         ValueError,
-        "DiagonalGaussian.log_prob: z must have the shape of mu, after any sample dims; got mu (64, 32), z (3,). "
-        "Expand z before the call.",
+        "DiagonalGaussian.log_prob: z must broadcast with mu; got mu (64, 32), z (3,). "
+        "Give z the shape of mu, after any sample dims.",
     ),
     "two distributions": (
         lambda: rk.kl_divergence(torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(0.0, 1.0)),

@@ -11,7 +11,6 @@ from ...core import checks
 from ...core.dtypes import FLOATS, compute_dtype, dtype_name
 from ...core.op import Shape, resolve_neg
 from ...core.seeds import make_seed
-from ...core.torch_modes import constant_to_the_compiler
 
 DO_EVENT_NDIM = "Pass how many trailing dims of mu the sum runs over."
 PARAMS = ("logvar", "logstd", "std", "softplus")
@@ -195,12 +194,8 @@ def _make_config(compiling: bool, where: str, ndim: int, z: bool, kl: bool, samp
     if type(param) is not str or type(min_std) is not float or not plain_clamp:
         min_std, clamp = _check_scale(where, param, min_std, clamp)
     symbolic = sample_shape != () and isinstance(sample_shape, tuple) and torch.SymInt in map(type, sample_shape)
-    arguments = (where, ndim, z, kl, sample_shape, event_ndim, param, min_std, clamp, packed, density)
-    if symbolic:
-        return _check_config(*arguments)
-    if not compiling:
-        return _cached_config(*arguments)
-    return _constant_config(arguments) or _check_config(*arguments)
+    make = _check_config if compiling or symbolic else _cached_config  # torch.compile warns about a cache
+    return make(where, ndim, z, kl, sample_shape, event_ndim, param, min_std, clamp, packed, density)
 
 
 def _check_config(
@@ -241,15 +236,6 @@ def _with_density(where: str, config: Config, density: Density) -> Config:
 
 
 _cached_config = lru_cache(maxsize=1024)(_check_config)
-
-
-@constant_to_the_compiler
-def _constant_config(arguments: tuple[Any, ...]) -> Config | None:
-    """Return the options, or None if tracing the checks is to raise their error. The compiler guards none of this."""
-    try:
-        return _check_config(*arguments)
-    except (TypeError, ValueError):
-        return None
 
 
 def _check_event_ndim(where: str, event_ndim: Any, ndim: int) -> int:
