@@ -10,6 +10,8 @@ from .head import GaussianHead
 from .ops.latent import kl_divergence, reparameterize, reparameterize_kl
 from .ops.noise import NOISE_VERSION, randn
 
+__version__ = "0.1.0"
+
 __all__ = [
     "NOISE_VERSION",
     "DiagonalGaussian",
