@@ -161,7 +161,8 @@ def _make_config(compiling: bool, where: str, ndim: int, z: bool, kl: bool, samp
     event_ndim, param, min_std, clamp, packed = options
     sample_shape = tuple(sample_shape) if isinstance(sample_shape, list) else sample_shape
     clamp = tuple(clamp) if isinstance(clamp, list) else clamp
-    symbolic = sample_shape != () and isinstance(sample_shape, tuple) and torch.SymInt in map(type, sample_shape)
+    given = isinstance(sample_shape, tuple) and sample_shape != ()
+    symbolic = given and any(type(n) is torch.SymInt for n in sample_shape)
     make = _check_config if compiling or symbolic else _cached_config  # torch.compile warns about a cache
     return make(where, ndim, z, kl, sample_shape, event_ndim, param, min_std, clamp, packed)
 
