@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,8 @@ def install(python, folder):
     )
     for command in commands:
         report = folder / "report.json"
-        subprocess.run([python, "-m", "pip", "install", "--report", report, *command], cwd=ROOT, check=True)
+        pip = [python, "-m", "pip", "install", *shlex.split(os.environ.get("PIP_ARGS", "")), "--report", report]
+        subprocess.run([*pip, *command], cwd=ROOT, check=True)
         for item in json.loads(report.read_text())["install"]:
             name = re.sub(r"[-_.]+", "-", item["metadata"]["name"]).lower()
             wheels[name] = Path(unquote(urlparse(item["download_info"]["url"]).path)).name
