@@ -239,7 +239,7 @@ def test_patch_reaches_every_module_and_restores_all():
         }
 
     before = holders(theirs)
-    assert len(before) > 10
+    assert len(before) > 3
     patch = ours.patch()
     assert set(patch.rebound) == before
     assert holders(theirs) == set()
