@@ -131,8 +131,8 @@ HERE = importlib.machinery.EXTENSION_SUFFIXES[0]
         ((), "{tree} is the source tree and has no extension. Build in place with `pip install -e .`."),
         (
             ("tree/_C.cpython-39-x86_64-linux-gnu.so",),
-            "{tree} is the source tree and has no extension for this Python, but has _C.cpython-39-x86_64-linux-gnu.so. "
-            "Build in place with `pip install -e .`.",
+            "{tree} is the source tree and has no extension for this Python, but has _C.cpython-39-x86_64-linux-gnu.so."
+            " Build in place with `pip install -e .`.",
         ),
         (
             (f"site/_C{HERE}",),
@@ -170,7 +170,8 @@ del torch._C._functorch.is_legacy_batchedtensor
 {SAMPLE}
 mu = torch.ones(3, 2)
 f = lambda m: rk.kl_divergence(m, torch.zeros(3, 2)).sum()
-print(torch.equal(torch.func.grad(f)(mu), mu), torch.equal(torch.func.vmap(torch.func.grad(f))(mu.expand(4, 3, 2)), mu.expand(4, 3, 2)))
+items = mu.expand(4, 3, 2)
+print(torch.equal(torch.func.grad(f)(mu), mu), torch.equal(torch.func.vmap(torch.func.grad(f))(items), items))
 q = torch.distributions.Normal(mu, 1.0)
 print(torch.equal(rk.distributions.Normal(mu, 1.0).log_prob(mu), q.log_prob(mu)))
 """
@@ -194,9 +195,8 @@ def test_an_installation_changes_nothing_else(tmp_path):
     """pip's report lists what `pip install .` would install. Without an index it could replace nothing."""
     copied(tmp_path)
     options = ["--dry-run", "--quiet", "--report", "-", "--no-build-isolation", "--no-index"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "install", *options, "."], cwd=tmp_path, check=True, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "pip", "install", *options, "."]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
     made = {item["metadata"]["name"]: item["metadata"] for item in json.loads(done.stdout)["install"]}
     assert list(made) == ["reparam_kernels"]
     (needed,) = (Requirement(r) for r in made["reparam_kernels"]["requires_dist"] if "extra" not in r)

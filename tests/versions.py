@@ -83,6 +83,10 @@ def commit():
     return done.stdout.strip() or "unknown"
 
 
+def committed():
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+
+
 def table(results):
     """Format one row per run, then what failed and the wheels of each run."""
     lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
@@ -119,9 +123,8 @@ def main():
     result |= {"Python": platform.python_version(), "commit": measured}
     brought = sorted(name for name in wheels if name in ("torch", "numpy") or re.match("triton|nvidia|cuda", name))
     result["wheels"] = [wheels[name] for name in brought]
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     same = ("torch", "Python")
-    results = [r for r in results if any(r[name] != result[name] for name in same)] + [result]
+    results = [r for r in committed() if any(r[name] != result[name] for name in same)] + [result]
     results.sort(key=lambda r: [int(part) for part in re.findall(r"\d+", f"{r['torch'].split('+')[0]}.{r['Python']}")])
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(written(PAGE.read_text(), results))

@@ -27,13 +27,15 @@ def absent() -> str:
     built = f" for this Python, but has {', '.join(others)}" if others else ""
     if not (PACKAGE.parent / "csrc").is_dir():
         return (
-            f"{PACKAGE} has no extension{built}. Install the package again: `pip install -v` shows why its C++ does not "
-            "compile"
+            f"{PACKAGE} has no extension{built}. Install the package again: `pip install -v` shows why its C++ does "
+            "not compile"
         )
     installed = [Path(entry).resolve() / PACKAGE.name for entry in sys.path]
     hidden = [folder for folder in installed if folder != PACKAGE and any(map(Path.is_file, extensions(folder)))]
-    remedy = f"It hides the installed package, {hidden[0]}: start Python in another folder, or build" if hidden else "Build"
-    return f"{PACKAGE} is the source tree and has no extension{built}. {remedy} in place with `pip install -e .`"
+    remedy = "Build in place with `pip install -e .`"
+    if hidden:
+        remedy = f"It hides the installed package, {hidden[0]}: start Python in another folder, or b{remedy[1:]}"
+    return f"{PACKAGE} is the source tree and has no extension{built}. {remedy}"
 
 
 def extensions(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ try:
     forward_ad._current_level  # noqa: B018
 except AttributeError as error:
     MISSING = f"torch {torch.__version__} does not say which transforms are around a call: {error}"
-    _functorch_level = _dispatch_modes = lambda: 1  # any call may be in one
+    _functorch_level = _dispatch_modes = lambda: 1  # type: ignore[assignment]  # any call may be in one
 
 
 def in_dispatch_mode() -> bool:

@@ -320,11 +320,12 @@ def patch(noise: str = "torch", fix_upstream_bugs: bool = False) -> Patch:
         ...     posterior = vae.encode(image).latent_dist
     """
     where = "diffusers.models.autoencoders"
+    adapters = {"vae": DiagonalGaussianDistribution, "autoencoder_oobleck": OobleckDiagonalGaussianDistribution}
     swaps: dict[type, type] = {}
-    for module, ours in (("vae", DiagonalGaussianDistribution), ("autoencoder_oobleck", OobleckDiagonalGaussianDistribution)):
+    for module, ours in adapters.items():
         theirs = find("diffusers", f"{where}.{module}", ours.__name__)
         swaps[theirs] = with_options(ours, noise, fix_upstream_bugs)
-        check_behaviour("diffusers", theirs, swaps[theirs], *behaviours(ours, noise, fix_upstream_bugs))
+        check_behaviour("diffusers", "diffusers", theirs, swaps[theirs], *behaviours(ours, noise, fix_upstream_bugs))
     return Patch("diffusers", swaps)
 
 

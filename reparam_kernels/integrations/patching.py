@@ -1,4 +1,4 @@
-"""Compares a package's class with ours, rebinds it in every loaded module of the package, logs where, and restores it."""
+"""Compares a package's class with ours, rebinds it in every loaded module of the package, and restores it."""
 
 import inspect
 import logging
@@ -99,15 +99,14 @@ class Behaviour(NamedTuple):
     excepted: frozenset[str] = frozenset()
 
 
-def check_behaviour(package: str, theirs: type, ours: type, *behaviours: Behaviour) -> None:
+def check_behaviour(module: str, package: str, theirs: type, ours: type, *behaviours: Behaviour) -> None:
     """Raise an error that names what differs between the two classes. Random states are as before afterwards."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         found = [line for b in behaviours for line in differences(theirs, ours, b)]
     if found:
-        module = theirs.__module__.partition(".")[0]
         raise RuntimeError(
-            f"integrations.{module}.patch: {theirs.__name__} of {package} {version(package)} must behave as the adapter "
-            f"does; got {'; '.join(dict.fromkeys(found))}. Use the adapter's class where your model is built."
+            f"integrations.{module}.patch: {theirs.__name__} of {package} {version(package)} must behave as the "
+            f"adapter does; got {'; '.join(dict.fromkeys(found))}. Use the adapter's class where your model is built."
         )
 
 
@@ -172,8 +171,13 @@ def unequal(name: str, a: Any, q: Any) -> Iterator[str]:
             yield f"{name}: theirs {kinds[0]}, ours {kinds[1]}"
         elif not torch.allclose(a, q, rtol=1e-4, atol=1e-5, equal_nan=True):
             yield f"{name}: values that differ by up to {(a - q).abs().max().item():.2g}"
-    elif type(a) is not type(q) or (type(a).__eq__ is not object.__eq__ and a != q):
+    elif type(a) is not type(q) or (has_equality(a) and a != q):
         yield f"{name}: theirs {a}, ours {q}"
+
+
+def has_equality(value: Any) -> bool:
+    """Return False for an object that is equal only to itself."""
+    return getattr(type(value), "__eq__", None) is not object.__eq__
 
 
 def unlike(

@@ -45,5 +45,6 @@ def patch() -> Patch:
         ...     svi.step(x)
     """
     theirs = find("pyro-ppl", "pyro.distributions", "Normal")
-    check_behaviour("pyro-ppl", theirs, _normal(), normals(theirs, {"to_event": lambda q: q.to_event(1).entropy()}))
+    behaviour = normals(theirs, {"to_event": lambda q: q.to_event(1).entropy()})
+    check_behaviour("pyro", "pyro-ppl", theirs, _normal(), behaviour)
     return Patch("pyro", {theirs: _normal()})

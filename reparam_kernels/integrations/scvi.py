@@ -8,7 +8,6 @@ from .patching import Patch, check_behaviour, find, normals
 __all__ = ["patch"]
 
 
-
 def patch() -> Patch:
     """Rebind torch's Normal to reparam_kernels.distributions.Normal in every loaded module of scvi.
 
@@ -30,5 +29,5 @@ def patch() -> Patch:
         ...     scvi.model.SCVI(adata).train()
     """
     find("scvi-tools", "scvi.module", "VAE")  # loads the modules that have the name
-    check_behaviour("torch", distributions.Normal, Normal, normals(distributions.Normal))
+    check_behaviour("scvi", "torch", distributions.Normal, Normal, normals(distributions.Normal))
     return Patch("scvi", {distributions.Normal: Normal})
