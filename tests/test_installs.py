@@ -198,7 +198,7 @@ def test_an_installation_changes_nothing_else(tmp_path):
     command = [sys.executable, "-m", "pip", "install", *options, "."]
     done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
     made = {item["metadata"]["name"]: item["metadata"] for item in json.loads(done.stdout)["install"]}
-    assert list(made) == ["reparam_kernels"]
+    assert {name: data["version"] for name, data in made.items()} == {"reparam_kernels": rk.__version__}
     (needed,) = (Requirement(r) for r in made["reparam_kernels"]["requires_dist"] if "extra" not in r)
     assert needed.name == "torch"
     assert Version(torch.__version__) in needed.specifier
