@@ -8,7 +8,7 @@ WHY_ARGS ?=
 BENCH_ARGS ?=
 TEST_ARGS ?= -n auto --dist worksteal
 
-.PHONY: demo parity why test test-slow test-arm test-gpu-code test-integrations \
+.PHONY: demo parity why test test-slow test-arm test-gpu-code test-integrations test-torch \
 	quality sanitize fuzz extremes determinism faults scale supply bench lint pins clean
 
 demo: $(VENV)/.ready
@@ -30,9 +30,17 @@ test-slow: $(VENV)/.ready
 test-arm: $(VENV)/.ready
 	$(RUN) -m pytest -m arm
 
-# The adapters beside the packages that they adapt, in a separate environment, in which warnings are not errors.
-test-integrations: $(VENV)-integrations/.ready
+# The adapters beside an old and the newest release of the packages that they adapt, each in a separate environment, in
+# which warnings are not errors.
+test-integrations: $(VENV)-integrations/.ready $(VENV)-integrations-old/.ready
 	$(VENV)-integrations/bin/python -m pytest -m integrations -o filterwarnings=default tests/integrations
+	$(VENV)-integrations-old/bin/python -m pytest -m integrations -o filterwarnings=default tests/integrations
+
+# The suite with another torch, in an environment that is deleted afterwards: make test-torch TORCH=2.11.0 PYTHON=python3.12
+# A CUDA build takes 5 GB of disk while it runs. Its row of docs/versions.md is written.
+test-torch:
+	@test -n '$(TORCH)' || { echo 'make test-torch: say which torch, as in TORCH=2.11.0'; exit 2; }
+	PIP_ARGS='$(PIP_ARGS)' $(PYTHON) -m tests.versions $(TORCH) $(TEST_ARGS)
 
 test-gpu-code: $(VENV)/.ready
 	$(RUN) -m pytest tests/test_gpu_code.py -m 'gpu_code or not gpu_code'
@@ -95,7 +103,7 @@ pins:
 		--extra test --extra examples --excludes out/pins/torch pyproject.toml - -o requirements.txt
 
 clean:
-	rm -rf build dist out $(VENV) $(VENV)-integrations *.egg-info reparam_kernels/_C*.so
+	rm -rf build dist out $(VENV) $(VENV)-integrations $(VENV)-integrations-old *.egg-info reparam_kernels/_C*.so
 
 # All are pinned by hash except torch, whose build depends on the index. A CUDA build replaces triton with its own.
 $(VENV)/.ready: pyproject.toml setup.py requirements.txt $(wildcard csrc/*.cpp csrc/*/*)
@@ -105,8 +113,8 @@ $(VENV)/.ready: pyproject.toml setup.py requirements.txt $(wildcard csrc/*.cpp c
 	$(RUN) -m pip install $(PIP_ARGS) --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VENV)-integrations/.ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
-	$(PYTHON) -m venv $(VENV)-integrations
-	$(VENV)-integrations/bin/python -m pip install $(PIP_ARGS) 'torch==2.13.0'
-	$(VENV)-integrations/bin/python -m pip install $(PIP_ARGS) -e '.[integrations]'
+$(VENV)-integrations/.ready $(VENV)-integrations-old/.ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install $(PIP_ARGS) 'torch==2.13.0'
+	$(@D)/bin/python -m pip install $(PIP_ARGS) -e '.[$(patsubst $(VENV)-%,%,$(@D))]'
 	touch $@

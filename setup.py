@@ -28,6 +28,9 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 else:
     LEVELS = {"neon" if platform.machine().lower() in ("arm64", "aarch64") else "portable": []}
 
+# Elsewhere, C++ that does not compile leaves a package that runs in plain torch and says so when it is first used.
+MUST_COMPILE = platform.system() == "Linux" and platform.machine() in ("x86_64", "aarch64")
+
 
 class BuildPerInstructionSet(build_ext):
     """Compiles csrc/ops/*.cpp with each level's flags and links all of the objects into the one module."""
@@ -70,6 +73,7 @@ setup(
             include_dirs=["csrc"],
             depends=sorted(map(str, Path("csrc").rglob("*.*"))),
             cxx_std=17,
+            optional=not MUST_COMPILE,
         )
     ],
     cmdclass={"build_ext": BuildPerInstructionSet},

@@ -85,17 +85,16 @@ def make_current(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def conditions(args: argparse.Namespace) -> Row:
+def conditions(args: argparse.Namespace, backend: str) -> Row:
     """Return the conditions of a measurement, which stand in every row."""
-    machine, isa = processor(), "triton"
-    if args.device == "cpu" and backends.backend_name("cpu") == "cpu":
+    isa = backend
+    if backend == "cpu":
         from reparam_kernels import _C
 
         isa = _C.isa()
-    elif args.device != "cpu":
-        machine = torch.cuda.get_device_name()
     return {
-        "machine": machine,
+        "machine": processor() if args.device == "cpu" else torch.cuda.get_device_name(),
+        "backend": backend,
         "isa": isa,
         "threads": args.threads,
         "caches": "cold" if args.cold else "warm",
@@ -194,6 +193,7 @@ def table(rows: list[Row]) -> str:
 
 def main() -> None:
     args = arguments()
+    backend = measure.backend(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     make_current(torch.device(args.device))
@@ -207,7 +207,7 @@ def main() -> None:
         for dtype in args.dtype:
             for size in sizes_of(op, args):
                 rows += bench_noise(size, dtype, args) if op == "noise" else bench_op(op, size, dtype, bandwidth, args)
-    known = {**conditions(args), "copy_gb_s": bandwidth / 1e9}
+    known = {**conditions(args, backend), "copy_gb_s": bandwidth / 1e9}
     print(table(rows))
     print("\nEach peer: its time over ours. again: ours a second time, the noise of the measurement.")
     print(f"of copy: the least bytes at the copy bandwidth of this run, {bandwidth / 1e9:.1f} GB/s, over our time.")

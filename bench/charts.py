@@ -25,7 +25,7 @@ def draw(rows: list[Row], known: Row, out: Path) -> list[Path]:
             paths.append(throughput(own, known, out / f"throughput_{op}_{dtype}.png"))
             paths.append(ratios(own, known, out / f"ratio_{op}_{dtype}.png"))
     if any("saved_bytes" in r for r in rows):
-        paths.append(memory([r for r in rows if r.get("pass") == "forward+backward"], out / "memory.png"))
+        paths.append(memory([r for r in rows if r.get("pass") == "forward+backward"], known, out / "memory.png"))
     if any(r["op"] == "step" for r in rows):
         paths.append(
             ratios([r for r in rows if r["op"] == "step" and r["provider"] != "ours again"], known, out / "steps.png")
@@ -47,7 +47,8 @@ def legend(figure: plt.Figure) -> None:
 
 def caption(known: Row) -> str:
     threads = "1 thread" if known["threads"] == 1 else f"{known['threads']} threads"
-    return f"{known['machine']}, {known['isa']}, {threads}, torch {known['torch']}"
+    kernels = "Triton kernels" if known["backend"] == "triton" else f"C++ kernels, {known['isa']}"
+    return f"{known['machine']}, {kernels}, {threads}, torch {known['torch']}"
 
 
 def throughput(rows: list[Row], known: Row, path: Path) -> Path:
@@ -104,7 +105,7 @@ def ratios(rows: list[Row], known: Row, path: Path) -> Path:
     return save(figure, path)
 
 
-def memory(rows: list[Row], path: Path) -> Path:
+def memory(rows: list[Row], known: Row, path: Path) -> Path:
     """Draw each provider's saved and peak memory in words per element, for the largest case of each op."""
     op = rows[0]["op"]
     largest = max(r["elements"] for r in rows if r["op"] == op and r.get("saved_bytes") is not None)
@@ -119,4 +120,5 @@ def memory(rows: list[Row], path: Path) -> Path:
         ax.invert_yaxis()
         ax.margins(x=0.12)
         ax.set(xlabel="words an element", title=title)
+    figure.suptitle(caption(known), fontsize=8)
     return save(figure, path)

@@ -24,7 +24,7 @@ from torch._inductor.fx_passes.replace_random import fuse_seed_creation_pass
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_helpers
 from torch._inductor.virtualized import V
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensorMode, fake_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.compiler import ASTSource
 from triton.runtime import driver
@@ -93,6 +93,7 @@ def described(target: str) -> list[Any]:
         ),
         mock.patch.object(CudaInterface.Worker, "get_device_properties", staticmethod(here)),
         mock.patch.object(triton_helpers, "set_driver_to_gpu"),
+        mock.patch.object(fake_tensor, "init_gpu_context"),  # a CUDA build of torch would start the driver
     ]
 
 

@@ -17,6 +17,8 @@ from .ops.latent import (
 )
 from .ops.noise import NOISE_VERSION, randn, randn_like
 
+__version__ = "0.1.0"
+
 __all__ = [
     "NOISE_VERSION",
     "DiagonalGaussian",

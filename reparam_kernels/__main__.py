@@ -8,7 +8,7 @@ from importlib import metadata
 
 import torch
 
-from . import NOISE_VERSION
+from . import NOISE_VERSION, __version__
 from .core import backends
 from .profiling import command as profiling
 
@@ -46,7 +46,7 @@ def triton_line() -> str:
 
 def report() -> None:
     rows = {
-        "reparam_kernels": f"{version('reparam_kernels')}, noise version {NOISE_VERSION}",
+        "reparam_kernels": f"{__version__}, noise version {NOISE_VERSION}",
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "triton": version("triton"),

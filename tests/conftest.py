@@ -27,6 +27,15 @@ if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9):
 
     interpreter.InterpreterBuilder.create_fma = exact_fma
 
+    # numpy 2.4 and later refuse int() of an array of one element that is not 0-dim
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_its_index(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_tensor_and_its_index
+
 
 @pytest.fixture(autouse=True)
 def one_thread():

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from bench import providers, steps
+from bench import charts, providers, steps
 from bench.__main__ import make_current
 from reparam_kernels.profiling import measure
 
@@ -40,8 +40,24 @@ def test_every_case_has_a_row_with_its_conditions(run):
     for r in rows:
         assert 0 < float(r["us_q10"]) <= float(r["us_q50"]) <= float(r["us_q90"])
         assert r["torch"] == torch.__version__
+        assert r["backend"] == "cpu"
         assert r["commit"]
         assert float(r["copy_gb_s"]) > 0
+
+
+def test_plain_torch_is_not_measured_as_ours(tmp_path):
+    command = [sys.executable, "-m", "bench", "--op", "kl", "--size", "8x4", "--quick", "--out", str(tmp_path / "out")]
+    env = {**os.environ, "REPARAM_BACKEND": "reference"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 1
+    assert done.stderr.startswith("bench: the kernels must run on cpu; got plain torch.")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("backend", "said"), [("cpu", "C++ kernels, avx2"), ("triton", "Triton kernels")])
+def test_chart_titles_name_the_backend_that_ran(backend, said):
+    known = {"machine": "M", "backend": backend, "isa": "avx2", "threads": 1, "torch": "2"}
+    assert charts.caption(known) == f"M, {said}, 1 thread, torch 2"
 
 
 def test_a_run_survives_a_machine_without_git(tmp_path):

@@ -1,5 +1,7 @@
 """Builds for another architecture and without OpenMP give the same bits."""
 
+import importlib.util
+import os
 import platform
 import re
 import shutil
@@ -8,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from reparam_kernels import _C
 
 ROOT = Path(__file__).parent.parent
 FLAGS = [
@@ -70,6 +74,87 @@ def test_an_older_x86_gets_kernels_that_it_can_run(tmp_path):
         assert emulated == native, cpu
 
 
+def copied(folder):
+    """Copy what a build needs, without a built extension."""
+    ignore = shutil.ignore_patterns("_C*.so", "__pycache__")
+    for name in ("reparam_kernels", "csrc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+
+
+def setup(folder, machine, *arguments):
+    """Run setup.py on a machine of a given name, with a compiler that always fails."""
+    code = (
+        f"import platform, runpy, sys; platform.machine = lambda: {machine!r}; "
+        f"sys.argv = ['setup.py', *{arguments!r}]; runpy.run_path('setup.py', run_name='__main__')"
+    )
+    env = {**os.environ, "CC": "false", "CXX": "false"}
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="elsewhere no build is required")
+def test_a_build_error_is_an_error_where_every_release_is_built(tmp_path):
+    copied(tmp_path)
+    for machine in ("x86_64", "aarch64"):
+        done = setup(tmp_path, machine, "build_ext", "--inplace")
+        assert done.returncode == 1
+        assert "false" in done.stderr.splitlines()[-1]
+
+
+def test_elsewhere_a_build_error_leaves_the_reference(tmp_path):
+    copied(tmp_path)
+    done = setup(tmp_path, "riscv64", "bdist_wheel", "-d", "dist")
+    assert done.returncode == 0, done.stderr
+    assert 'building extension "reparam_kernels._C" failed' in done.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "site", "zip")
+    code = (
+        f"import sys; sys.path[:0] = [{str(tmp_path / 'site')!r}]; "
+        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]; "
+        "import reparam_kernels as rk; print(rk.__file__, rk.randn(4, seed=7)[2].item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True)
+    where, value = done.stdout.split()
+    assert where == str(tmp_path / "site/reparam_kernels/__init__.py")
+    assert float(value) == pytest.approx(1.788757, abs=1e-5)
+    assert "site/reparam_kernels has no extension. Install the package again" in done.stderr
+
+
+def interpreters():
+    """Find the Pythons of this machine that may build the package."""
+    found = {}
+    for minor in range(10, 15):
+        names = [shutil.which(f"python3.{minor}"), *Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python")]
+        for name in filter(None, names):
+            probe = [name, "-c", "import sys; print(sys.version_info[1])"]
+            done = subprocess.run(probe, capture_output=True, text=True)
+            if done.stdout.strip() == str(minor):
+                found[f"3.{minor}"] = str(name)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", interpreters())
+def test_every_python_builds_an_extension_with_the_same_bits(tmp_path, version):
+    """Only setuptools and pybind11 are there, and no network."""
+    copied(tmp_path)
+    for name in ("setuptools", "pybind11"):
+        shutil.copytree(Path(importlib.util.find_spec(name).origin).parent, tmp_path / "tools" / name)
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path / "tools")}
+    command = [interpreters()[version], "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=tmp_path, env=env, check=True)
+    (built,) = (tmp_path / "reparam_kernels").glob("_C*.so")
+    probe = (
+        "import importlib.util as u; s = u.spec_from_file_location('reparam_kernels._C', " + repr(str(built)) + "); "
+        "m = u.module_from_spec(s); s.loader.exec_module(m); print(m.test_eps(7, 5, 1000).hex())"
+    )
+    done = subprocess.run(
+        [interpreters()[version], "-c", probe], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [_C.test_eps(7, 5, 1000).hex()]
+
+
 @pytest.mark.slow
 def test_a_compiler_without_openmp_builds_a_serial_extension(tmp_path):
     """With a compiler that refuses -fopenmp, setup.py builds kernels that run on one thread and report it."""
@@ -78,11 +163,7 @@ def test_a_compiler_without_openmp_builds_a_serial_extension(tmp_path):
         real = shutil.which("gcc" if name == "cc" else "g++")
         wrapper.write_text(f'#!/bin/sh\ncase " $* " in *" -fopenmp "*) exit 1;; esac\nexec {real} "$@"\n')
         wrapper.chmod(0o755)
-    for name in ("reparam_kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, tmp_path / name)
-    for path in (tmp_path / "reparam_kernels").glob("_C*.so"):
-        path.unlink()
+    copied(tmp_path)
     env = {"PATH": "/usr/bin:/bin", "CC": str(tmp_path / "cc"), "CXX": str(tmp_path / "c++")}
     env["LDCXXSHARED"] = f"{tmp_path / 'c++'} -shared"
     subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tmp_path, env=env, check=True)

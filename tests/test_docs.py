@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 import reparam_kernels as rk
+from tests import versions
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")])
@@ -77,3 +78,8 @@ def test_the_api_page_is_the_docstrings():
         [sys.executable, ROOT / "docs/api.py", "--check"], env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 0
+
+
+def test_the_table_of_versions_is_the_committed_results():
+    page = versions.PAGE.read_text()
+    assert versions.written(page, versions.committed()) == page

@@ -2,6 +2,8 @@
 
 import ctypes
 import importlib
+import importlib.machinery
+import json
 import shutil
 import subprocess
 import sys
@@ -9,12 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import reparam_kernels as rk
 from reparam_kernels import core
+from reparam_kernels.core import backends
 from tests.cases import linux
 from tests.conftest import forget
 from tests.test_backends import SAMPLE, python
+from tests.test_builds import copied
 from tests.test_faults import whole
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +74,7 @@ def another_module(folder, source):
 
 
 BROKEN = {
-    "absent": (lambda tmp, whole: None, "No module named 'reparam_kernels._C'"),
+    "absent": (lambda tmp, whole: None, "has no extension. Install the package again: `pip install -v` shows why"),
     "empty": (lambda tmp, whole: b"", "file too short"),
     "half a header": (lambda tmp, whole: whole[:50], "file too short"),
     "a header": (lambda tmp, whole: whole[:100], "is truncated"),
@@ -113,6 +120,88 @@ sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f,
     forced = python(code, 1, REPARAM_BACKEND="cpu")
     assert "RuntimeError: REPARAM_BACKEND=cpu: every tensor must be one that this backend takes; got" in forced
     assert why in forced.split("takes; got")[1]
+
+
+HERE = importlib.machinery.EXTENSION_SUFFIXES[0]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ((), "{tree} is the source tree and has no extension. Build in place with `pip install -e .`."),
+        (
+            ("tree/_C.cpython-39-x86_64-linux-gnu.so",),
+            "{tree} is the source tree and has no extension for this Python, but has _C.cpython-39-x86_64-linux-gnu.so."
+            " Build in place with `pip install -e .`.",
+        ),
+        (
+            (f"site/_C{HERE}",),
+            "{tree} is the source tree and has no extension. It hides the installed package, {site}: start Python in "
+            "another folder, or build in place with `pip install -e .`.",
+        ),
+    ],
+    ids=["alone", "another Python's", "beside an installed package"],
+)
+def test_a_source_tree_without_its_extension(tmp_path, files, said):
+    where = {name: tmp_path / name / "reparam_kernels" for name in ("tree", "site")}
+    shutil.copytree(ROOT / "reparam_kernels", where["tree"], ignore=shutil.ignore_patterns("_C*.so"))
+    (tmp_path / "tree/csrc").mkdir()
+    where["site"].mkdir(parents=True)
+    for name in files:
+        where[name.split("/")[0]].joinpath(name.split("/")[1]).touch()
+    code = f"""
+import sys
+from pathlib import Path
+others = [p for p in sys.path if Path(p).resolve() != Path({str(ROOT)!r})]
+sys.path[:] = [{str(tmp_path / "tree")!r}, {str(tmp_path / "site")!r}, *others]
+sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
+{SAMPLE}
+"""
+    out = python(code)
+    assert out.startswith("reference 1.78875")
+    assert out.split("slower: ")[1].split("\n")[0] == said.format(**where)
+
+
+def test_a_torch_without_a_private_name_runs_the_reference_and_says_so():
+    """With the kernels, a transform around a call would not be seen."""
+    code = f"""
+import torch
+del torch._C._functorch.is_legacy_batchedtensor
+{SAMPLE}
+mu = torch.ones(3, 2)
+f = lambda m: rk.kl_divergence(m, torch.zeros(3, 2)).sum()
+items = mu.expand(4, 3, 2)
+print(torch.equal(torch.func.grad(f)(mu), mu), torch.equal(torch.func.vmap(torch.func.grad(f))(items), items))
+q = torch.distributions.Normal(mu, 1.0)
+print(torch.equal(rk.distributions.Normal(mu, 1.0).log_prob(mu), q.log_prob(mu)))
+"""
+    out = python(code)
+    assert out.startswith("reference 1.78875")
+    assert "True True\nTrue" in out
+    assert out.count("Warning") == out.count("does not say which transforms are around a call: ") == 1
+    forced = python(code, 1, REPARAM_BACKEND="cpu")
+    assert f"this backend takes; got torch {torch.__version__} does not say which transforms" in forced
+
+
+def test_an_old_triton_is_named(monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    forget()
+    with pytest.warns(UserWarning, match=r"on cuda, slower: triton 3\.5\.1 is installed, and the kernels need 3\.6 or"):
+        assert backends.backend_name("cuda") == "reference"
+    forget()
+
+
+def test_an_installation_changes_nothing_else(tmp_path):
+    """pip's report lists what `pip install .` would install. Without an index it could replace nothing."""
+    copied(tmp_path)
+    options = ["--dry-run", "--quiet", "--report", "-", "--no-build-isolation", "--no-index"]
+    command = [sys.executable, "-m", "pip", "install", *options, "."]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    made = {item["metadata"]["name"]: item["metadata"] for item in json.loads(done.stdout)["install"]}
+    assert {name: data["version"] for name, data in made.items()} == {"reparam_kernels": rk.__version__}
+    (needed,) = (Requirement(r) for r in made["reparam_kernels"]["requires_dist"] if "extra" not in r)
+    assert needed.name == "torch"
+    assert Version(torch.__version__) in needed.specifier
 
 
 NO_TRITON = """

@@ -1,6 +1,7 @@
 """The adapters against formulas in float64; tests/integrations compares them with the real packages."""
 
 import importlib.metadata
+import itertools
 import logging
 import sys
 from types import ModuleType
@@ -398,13 +399,135 @@ def test_patching_twice_is_an_error(package):
     [(diffusers, "diffusers"), (pyro, "pyro-ppl"), (scvi, "scvi-tools")],
     ids=lambda v: getattr(v, "__name__", v),
 )
-def test_patch_refuses_what_it_does_not_know(adapter, name, monkeypatch):
+def test_patch_without_the_package_is_an_error(adapter, name, monkeypatch):
     def missing(_):
         raise importlib.metadata.PackageNotFoundError
 
     monkeypatch.setattr(patching, "version", missing)
     with pytest.raises(ModuleNotFoundError, match=f"patch: {name} must be installed"):
         adapter.patch()
-    monkeypatch.setattr(patching, "version", lambda _: "0.0.1")
-    with pytest.raises(RuntimeError, match=f"{name} must be a version that this adapter was tested with.*got 0.0.1"):
-        adapter.patch()
+
+
+def test_a_package_without_the_class_is_an_error():
+    with pytest.raises(RuntimeError, match=r"pytest must have pytest\.Normal; got version .*no attribute 'Normal'"):
+        patching.find("pytest", "pytest", "Normal")
+
+
+# ---- the comparison before a patch
+
+
+def changed(base, **members):
+    return type(base.__name__, (base,), members)
+
+
+def normal_differences(theirs=torch.distributions.Normal, ours=rk.distributions.Normal):
+    return list(patching.differences(theirs, ours, patching.normals(theirs)))
+
+
+def test_our_normal_behaves_as_torchs():
+    assert normal_differences() == []
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ({"entropy": lambda self: torch.distributions.Normal.entropy(self) + 1e-3}, "entropy: values that differ by"),
+        ({"mode": property(lambda self: self.loc + 1)}, "mode: values that differ by up to 1"),
+        ({"skewness": property(lambda self: 0.0)}, "skewness: theirs 0.0, ours <class 'AttributeError'>"),
+        ({"crop": lambda self: self}, "a call of crop that it takes"),
+        ({"rsample": lambda self, shape=(), other=False: self.loc.expand(*shape, 4, 60)}, "a call of rsample that"),
+        ({"sample": lambda self, sample_shape=(): self.rsample(sample_shape)}, "sample: theirs ((5, 4, 60)"),
+    ],
+    ids=lambda v: "" if isinstance(v, str) else next(iter(v)),
+)
+def test_a_change_of_theirs_is_found(members, said):
+    (line, *_) = normal_differences(theirs=changed(torch.distributions.Normal, **members))
+    assert line.startswith(said)
+
+
+def drawn_wrongly(draw):
+    return changed(rk.distributions.Normal, rsample=lambda self, sample_shape=(): draw(self, torch.Size(sample_shape)))
+
+
+@pytest.mark.parametrize(
+    ("draw", "said"),
+    [
+        (lambda q, n: 2 * rk.distributions.Normal.rsample(q, n) - q.loc, "samples of ours that do not have their mean"),
+        (lambda q, n: q.loc + q.scale * rk.randn(*n, 4, 60, seed=1), "another generator that advances"),
+        (lambda q, n: q.loc + q.scale * torch.randn(*n, 4, 60).mul(next(SIGNS)), "samples of ours that a seed does"),
+    ],
+    ids=["variance", "generator", "repeat"],
+)
+def test_a_wrong_sample_of_ours_is_found(draw, said):
+    assert [line for line in normal_differences(ours=drawn_wrongly(draw)) if line.startswith(f"rsample: {said}")]
+
+
+SIGNS = itertools.cycle([1, -1])
+
+
+class PlainPosterior:
+    """What diffusers' posterior computes, for mean and logvar of four dims."""
+
+    def __init__(self, parameters, deterministic=False):
+        self.parameters, self.deterministic = parameters, deterministic
+        self.mean, logvar = parameters.chunk(2, 1)
+        self.logvar = logvar.clamp(-30, 20)
+        self.std, self.var = (self.logvar / 2).exp(), self.logvar.exp()
+        if deterministic:
+            self.std = self.var = torch.zeros_like(self.mean)
+
+    def sample(self, generator=None):
+        if isinstance(generator, list):
+            noise = torch.cat([torch.randn(1, *self.mean.shape[1:], generator=g) for g in generator])
+        else:
+            noise = torch.randn(self.mean.shape, generator=generator)
+        return self.mean + self.std * noise
+
+    def kl(self, other=None):
+        if self.deterministic:
+            return torch.zeros(1)
+        mean_p, std_p = (0.0, 1.0) if other is None else (other.mean, other.std)
+        return divergence(self.mean, self.std, mean_p, std_p).sum((1, 2, 3)).float()
+
+    def nll(self, sample, dims=(1, 2, 3)):
+        if self.deterministic:
+            return torch.zeros(1)
+        return -torch.distributions.Normal(self.mean, self.std).log_prob(sample).sum(dims)
+
+    def mode(self):
+        return self.mean
+
+
+def posterior_differences(theirs, noise="torch", fix_upstream_bugs=False):
+    ours = diffusers.with_options(DiagonalGaussianDistribution, noise, fix_upstream_bugs)
+    compared = diffusers.behaviours(DiagonalGaussianDistribution, noise, fix_upstream_bugs)
+    return [line for b in compared for line in patching.differences(theirs, ours, b)]
+
+
+@pytest.mark.parametrize("noise", ["torch", "philox"])
+@pytest.mark.parametrize("fix_upstream_bugs", [False, True])
+def test_the_posterior_behaves_as_a_plain_one(noise, fix_upstream_bugs):
+    assert posterior_differences(PlainPosterior, noise, fix_upstream_bugs) == []
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ({"kl": lambda self, other=None: PlainPosterior.kl(self, other) * 2}, "kl: values that differ by"),
+        ({"sample": lambda self, generator=None: self.mean + torch.randn(3, 4, 12, 12)}, "sample: values that differ"),
+        ({"nll": lambda self, sample, dims=(2, 3): PlainPosterior.nll(self, sample, dims)}, "nll: theirs ((3, 4)"),
+    ],
+    ids=["kl", "sample", "nll"],
+)
+def test_a_change_of_the_posterior_is_found(members, said):
+    (line, *_) = posterior_differences(changed(PlainPosterior, **members))
+    assert line.startswith(said)
+
+
+def test_a_difference_refuses_the_patch_and_leaves_the_random_state():
+    theirs = changed(torch.distributions.Normal, crop=lambda self: self)
+    before = torch.get_rng_state()
+    said = r"integrations\.toy\.patch: Normal of torch 2\S+ must behave as the adapter does; got a call of crop"
+    with pytest.raises(RuntimeError, match=said):
+        patching.check_behaviour("toy", "torch", theirs, rk.distributions.Normal, patching.normals(theirs))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -113,7 +113,7 @@ def test_without_matplotlib_only_a_picture_is_refused(run, monkeypatch):
         (["--min-std", "0.1"], "--min-std needs --param std or softplus"),
         (["--prior", "--op", "reparameterize"], "--prior needs an op with a KL"),
         (["--samples", "2", "--op", "kl_divergence"], "--samples needs an op that samples"),
-        (["--device", "nonsense"], "--device must be one that this torch has; got 'nonsense'"),
+        (["--device", "nonsense"], "--device: must be a device that torch can use here; got 'nonsense'"),
         (["--module", "m:f", "--shape", "3x4"], "--shape is for a shape; leave it out with --module"),
     ],
 )

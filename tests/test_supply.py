@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+import reparam_kernels as rk
 from tests.test_backends import python
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +68,7 @@ class Built:
         for name in self.tracked:
             (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.tree / name)
-        self.name = f"reparam_kernels-{pyproject()['project']['version']}"
+        self.name = f"reparam_kernels-{rk.__version__}"
         self.sdist = self.build("sdist", self.tree, folder)
         self.wheel = self.build("wheel", self.tree, folder)
         with tarfile.open(self.sdist) as archive:
@@ -114,7 +115,7 @@ def test_the_wheel_says_what_pyproject_says(built):
         wanted |= {str(Requirement(f'{r}; extra == "{extra}"')) for r in requirements}
     assert {str(r) for r in metadata.requires_dist} == wanted
     assert metadata.requires_python == project["requires-python"]
-    assert metadata.version == Version(project["version"])
+    assert metadata.version == Version(rk.__version__)
     assert metadata.license_expression == project["license"] == "BSD-3-Clause"
     assert files[f"{built.name}.dist-info/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
     assert b"Root-Is-Purelib: false" in files[f"{built.name}.dist-info/WHEEL"]
@@ -233,6 +234,16 @@ def test_what_pyproject_asks_for_is_pinned(system, version):
             names.add(requirement.name)
     assert {"numpy", "pytest", "setuptools", "pybind11"} <= names
     assert ("triton" in names) == (system == "Linux")
+
+
+def test_triton_is_asked_for_by_the_tests_and_not_by_an_installation():
+    """A build of torch for a GPU brings its own triton, which another one would replace."""
+    project = pyproject()["project"]
+    names = {extra: {Requirement(r).name for r in rs} for extra, rs in project["optional-dependencies"].items()}
+    assert {Requirement(r).name for r in project["dependencies"]} == {"torch"}
+    assert {extra for extra, asked in names.items() if "triton" in asked} == {
+        "triton", "test", "integrations", "integrations-old"
+    }  # fmt: skip
 
 
 def test_what_every_build_of_torch_asks_for_is_pinned():

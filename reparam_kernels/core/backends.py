@@ -1,7 +1,6 @@
 """The table from device to backend, and from backend to the module that holds an op's kernels."""
 
 import importlib
-import importlib.util
 import os
 import warnings
 from functools import cache
@@ -21,6 +20,8 @@ if FORCED is not None and FORCED not in NAMES:
 
 def cpu_missing() -> str | None:
     """Return why the C++ kernels cannot run, or None if they can."""
+    if torch_modes.MISSING is not None:
+        return torch_modes.MISSING
     if isinstance(extension.LOADED, str):
         return extension.LOADED
     try:
@@ -31,7 +32,17 @@ def cpu_missing() -> str | None:
 
 
 def triton_missing() -> str | None:
-    return None if importlib.util.find_spec("triton") else "No module named 'triton'"
+    """Return why the Triton kernels cannot run, or None if they can."""
+    if torch_modes.MISSING is not None:
+        return torch_modes.MISSING
+    try:
+        import triton
+    except ImportError as error:
+        return str(error)
+    found = triton.__version__
+    if tuple(map(int, found.split(".")[:2])) < (3, 6):
+        return f"triton {found} is installed, and the kernels need 3.6 or later"
+    return None
 
 
 def architecture(device_type: str) -> str:

@@ -4,8 +4,11 @@ import importlib
 import importlib.util
 import struct
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
+
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def is_truncated(library: Path) -> bool:
@@ -18,10 +21,34 @@ def is_truncated(library: Path) -> bool:
     return bool(library.stat().st_size < table + size * count)
 
 
+def absent() -> str:
+    """Return why the package has no extension for this Python, and what to do."""
+    others = sorted(path.name for path in PACKAGE.glob("_C.*") if path.suffix in (".so", ".pyd"))
+    built = f" for this Python, but has {', '.join(others)}" if others else ""
+    if not (PACKAGE.parent / "csrc").is_dir():
+        return (
+            f"{PACKAGE} has no extension{built}. Install the package again: `pip install -v` shows why its C++ does "
+            "not compile"
+        )
+    installed = [Path(entry).resolve() / PACKAGE.name for entry in sys.path]
+    hidden = [folder for folder in installed if folder != PACKAGE and any(map(Path.is_file, extensions(folder)))]
+    remedy = "Build in place with `pip install -e .`"
+    if hidden:
+        remedy = f"It hides the installed package, {hidden[0]}: start Python in another folder, or b{remedy[1:]}"
+    return f"{PACKAGE} is the source tree and has no extension{built}. {remedy}"
+
+
+def extensions(folder: Path) -> list[Path]:
+    """Return the names that this Python would load the extension by."""
+    return [folder / f"_C{suffix}" for suffix in EXTENSION_SUFFIXES]
+
+
 def load() -> ModuleType | str:
     """Return the extension, or why it cannot be loaded."""
     spec = importlib.util.find_spec("reparam_kernels._C")
-    if spec is not None and spec.origin is not None and is_truncated(Path(spec.origin)):
+    if spec is None:
+        return absent()
+    if spec.origin is not None and is_truncated(Path(spec.origin)):
         sys.modules["reparam_kernels._C"] = None  # type: ignore[assignment]  # no later import may load it
         return "the extension's file is truncated: install the package again"
     try:

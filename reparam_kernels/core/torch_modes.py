@@ -10,10 +10,16 @@ from torch.autograd import forward_ad
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_functorch_level = torch._C._functorch.peek_interpreter_stack
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_tracing_state = torch._C._get_tracing_state
-_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+MISSING: str | None = None  # why no kernels may run: a transform or mode around a call would not be seen
+try:
+    _functorch_level = torch._C._functorch.peek_interpreter_stack
+    _dispatch_modes = torch._C._len_torch_dispatch_stack
+    _tracing_state = torch._C._get_tracing_state
+    _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+    forward_ad._current_level  # noqa: B018
+except AttributeError as error:
+    MISSING = f"torch {torch.__version__} does not say which transforms are around a call: {error}"
+    _functorch_level = _dispatch_modes = lambda: 1  # type: ignore[assignment]  # any call may be in one
 
 
 def in_dispatch_mode() -> bool:
@@ -38,6 +44,8 @@ def watched() -> bool:
 
 def constant_to_the_compiler(f: Callable[P, R]) -> Callable[P, R]:
     """Do what torch.compiler.assume_constant_result does, without importing the compiler, which takes two seconds."""
+    if torch.__version__ >= "2.15":  # the mark was read in torch 2.10 to 2.14
+        return torch.compiler.assume_constant_result(f)  # type: ignore[no-any-return, no-untyped-call]
     f._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return f
 

@@ -12,11 +12,10 @@ from ..core import checks
 from ..core.dtypes import compute_dtype
 from ..diagonal_gaussian import DiagonalGaussian
 from ..ops.latent import kl_divergence
-from .patching import Patch, require
+from .patching import Behaviour, Patch, check_behaviour, find
 
 __all__ = ["DiagonalGaussianDistribution", "OobleckDiagonalGaussianDistribution", "patch"]
 
-KNOWN = ("0.35.2", "0.38.0", "0.41.0", "0.42.1")
 Generators = torch.Generator | list[torch.Generator] | tuple[torch.Generator, ...] | None
 
 
@@ -312,7 +311,7 @@ def patch(noise: str = "torch", fix_upstream_bugs: bool = False) -> Patch:
         A Patch: `rebound` lists the names (they are logged too); `restore()`, or leaving `with`, restores them.
 
     Raises:
-        ModuleNotFoundError, RuntimeError: if diffusers is not installed, has a version that was not tested, or is
+        ModuleNotFoundError, RuntimeError: if diffusers is not installed, its classes do not behave as these, or it is
             patched already.
 
     Example:
@@ -320,21 +319,49 @@ def patch(noise: str = "torch", fix_upstream_bugs: bool = False) -> Patch:
         >>> with rk.integrations.diffusers.patch() as patched:  # doctest: +SKIP
         ...     posterior = vae.encode(image).latent_dist
     """
-    require("diffusers", "diffusers", KNOWN)
-    from diffusers.models.autoencoders import autoencoder_oobleck, vae
+    where = "diffusers.models.autoencoders"
+    adapters = {"vae": DiagonalGaussianDistribution, "autoencoder_oobleck": OobleckDiagonalGaussianDistribution}
+    swaps: dict[type, type] = {}
+    for module, ours in adapters.items():
+        theirs = find("diffusers", f"{where}.{module}", ours.__name__)
+        swaps[theirs] = with_options(ours, noise, fix_upstream_bugs)
+        check_behaviour("diffusers", "diffusers", theirs, swaps[theirs], *behaviours(ours, noise, fix_upstream_bugs))
+    return Patch("diffusers", swaps)
 
-    def with_options(ours: type[Posterior]) -> type:
-        class Bound(ours):  # type: ignore[misc, valid-type]
-            def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
-                super().__init__(parameters, deterministic, noise=noise, fix_upstream_bugs=fix_upstream_bugs)
 
-        Bound.__name__ = Bound.__qualname__ = ours.__name__
-        return Bound
+def with_options(ours: type[Posterior], noise: str, fix_upstream_bugs: bool) -> type:
+    """Return the class with the options as its defaults and the constructor of diffusers' class."""
 
-    return Patch(
-        "diffusers",
-        {
-            vae.DiagonalGaussianDistribution: with_options(DiagonalGaussianDistribution),
-            autoencoder_oobleck.OobleckDiagonalGaussianDistribution: with_options(OobleckDiagonalGaussianDistribution),
-        },
+    class Bound(ours):  # type: ignore[misc, valid-type]
+        def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
+            super().__init__(parameters, deterministic, noise=noise, fix_upstream_bugs=fix_upstream_bugs)
+
+    Bound.__name__ = Bound.__qualname__ = ours.__name__
+    return Bound
+
+
+def behaviours(ours: type[Posterior], noise: str, fix_upstream_bugs: bool) -> list[Behaviour]:
+    """Return what a posterior of diffusers is compared in, first one that samples, then a deterministic one."""
+    g = torch.Generator().manual_seed(0)
+    parameters, value, other = (torch.randn(3, n, 12, 12, generator=g, device="cpu") for n in (8, 4, 8))
+    parameters[2, 4:, 0, :2] = torch.tensor([25.0, -35.0], device="cpu")  # beyond the clamp
+    parameters.requires_grad_()
+    values: dict[str, Any] = {
+        "mode": lambda q: q.mode(),
+        "kl": lambda q: q.kl(),
+        "kl(other)": lambda q: q.kl(type(q)(other)),
+    }
+    if ours is DiagonalGaussianDistribution:
+        values |= {"nll": lambda q: q.nll(value), "nll(dims)": lambda q: q.nll(value, [1])}
+    draws: dict[str, Any] = {
+        "sample": lambda q, g: q.sample(),
+        "sample(generator)": lambda q, g: q.sample(g),
+        "sample(generators)": lambda q, g: q.sample([g, g, g]),
+    }
+    wrong_kl = fix_upstream_bugs and ours is OobleckDiagonalGaussianDistribution
+    same = Behaviour(
+        (parameters,), values, draws, "mean", "std", noise == "torch", frozenset({"kl"} if wrong_kl else ())
     )
+    # A deterministic posterior of diffusers draws nevertheless, and has torch.zeros(1) for its kl.
+    excepted = {"kl", "nll", "sample"} if fix_upstream_bugs else set() if noise == "torch" else {"sample"}
+    return [same, same._replace(arguments=(parameters, True), excepted=frozenset(excepted))]

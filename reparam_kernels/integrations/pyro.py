@@ -4,11 +4,9 @@ from functools import lru_cache
 from typing import Any
 
 from .. import distributions
-from .patching import Patch, require
+from .patching import Patch, check_behaviour, find, normals
 
 __all__ = ["patch"]
-
-KNOWN = ("1.9.2",)
 
 
 @lru_cache
@@ -38,7 +36,7 @@ def patch() -> Patch:
         A Patch: `rebound` lists the names (they are logged too); `restore()`, or leaving `with`, restores them.
 
     Raises:
-        ModuleNotFoundError, RuntimeError: if pyro-ppl is not installed, has a version that was not tested, or is
+        ModuleNotFoundError, RuntimeError: if pyro-ppl is not installed, its Normal does not behave as ours, or it is
             patched already.
 
     Example:
@@ -46,7 +44,7 @@ def patch() -> Patch:
         >>> with rk.integrations.pyro.patch():  # doctest: +SKIP
         ...     svi.step(x)
     """
-    require("pyro-ppl", "pyro", KNOWN)
-    import pyro.distributions
-
-    return Patch("pyro", {pyro.distributions.Normal: _normal()})
+    theirs = find("pyro-ppl", "pyro.distributions", "Normal")
+    behaviour = normals(theirs, {"to_event": lambda q: q.to_event(1).entropy()})
+    check_behaviour("pyro", "pyro-ppl", theirs, _normal(), behaviour)
+    return Patch("pyro", {theirs: _normal()})

@@ -3,11 +3,9 @@
 from torch import distributions
 
 from ..distributions import Normal
-from .patching import Patch, require
+from .patching import Patch, check_behaviour, find, normals
 
 __all__ = ["patch"]
-
-KNOWN = ("1.4.2",)
 
 
 def patch() -> Patch:
@@ -22,15 +20,14 @@ def patch() -> Patch:
         A Patch: `rebound` lists the names (they are logged too); `restore()`, or leaving `with`, restores them.
 
     Raises:
-        ModuleNotFoundError, RuntimeError: if scvi-tools is not installed, has a version that was not tested, or is
-            patched already.
+        ModuleNotFoundError, RuntimeError: if scvi-tools is not installed, torch's Normal does not behave as ours, or
+            scvi is patched already.
 
     Example:
         >>> import reparam_kernels as rk
         >>> with rk.integrations.scvi.patch():  # doctest: +SKIP
         ...     scvi.model.SCVI(adata).train()
     """
-    require("scvi-tools", "scvi", KNOWN)
-    import scvi.module  # noqa: F401
-
+    find("scvi-tools", "scvi.module", "VAE")  # loads the modules that have the name
+    check_behaviour("scvi", "torch", distributions.Normal, Normal, normals(distributions.Normal))
     return Patch("scvi", {distributions.Normal: Normal})

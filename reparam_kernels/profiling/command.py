@@ -135,15 +135,6 @@ def checked_case(args: argparse.Namespace, parser: argparse.ArgumentParser) -> C
     )
 
 
-def check_device(text: str, parser: argparse.ArgumentParser) -> torch.device:
-    try:
-        device = torch.device(text)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device must be one that this torch has; got {text!r}: {str(error).splitlines()[0]}")
-    return device
-
-
 def check_matplotlib(parser: argparse.ArgumentParser) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("--picture needs matplotlib, which is not installed; pip install matplotlib, or leave it out")
@@ -159,7 +150,10 @@ def write_trace(case: Case, path: Path) -> None:
 
 
 def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    device = check_device(args.device, parser)
+    why = backends.unusable(args.device)
+    if why is not None:
+        parser.error(f"--device: must be a device that torch can use here; got {args.device!r}: {why}")
+    device = torch.device(args.device)
     if args.picture is not None:
         check_matplotlib(parser)
     torch.set_num_threads(args.threads)

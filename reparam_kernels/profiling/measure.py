@@ -6,12 +6,15 @@ training step would.
 """
 
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+import reparam_kernels as rk
 
 
 class Quantiles(NamedTuple):
@@ -128,7 +131,8 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as prof:
         call()
     live = peak = 0
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -136,6 +140,14 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
         live += event.nbytes()
         peak = max(peak, live)
     return peak
+
+
+def backend(device: str) -> str:
+    """Return the backend that runs on a device. Without kernels there is nothing of ours to measure."""
+    name = rk.backend_for(torch.empty(0, device=device))  # the reference warns and says why
+    if name == "reference":
+        sys.exit(f"bench: the kernels must run on {device}; got plain torch. Run `python -m reparam_kernels`.")
+    return name
 
 
 def copy_bandwidth(device: str, size: int = 1 << 24) -> float:

@@ -1,7 +1,5 @@
 """The adapter inside scvi-tools itself: a small SCVI on synthetic counts."""
 
-import importlib.metadata
-
 import pytest
 import scvi
 import torch
@@ -71,9 +69,8 @@ def test_training_matches_scvi(counts):
     assert abs(fused / plain - 1) < 0.02
 
 
-def test_patch_restores_scvi_and_knows_this_version():
+def test_patch_restores_scvi():
     with ours.patch() as patch:
         assert scvi.nn._base_components.Normal is rk.distributions.Normal
         assert "scvi.nn._base_components.Normal" in patch.rebound
     assert scvi.nn._base_components.Normal is td.Normal
-    assert importlib.metadata.version("scvi-tools") in ours.KNOWN

@@ -193,7 +193,8 @@ def _make_config(compiling: bool, where: str, ndim: int, z: bool, kl: bool, samp
     plain_clamp = clamp is None or (type(clamp) is tuple and [*map(type, clamp)] == [float, float])
     if type(param) is not str or type(min_std) is not float or not plain_clamp:
         min_std, clamp = _check_scale(where, param, min_std, clamp)
-    symbolic = sample_shape != () and isinstance(sample_shape, tuple) and torch.SymInt in map(type, sample_shape)
+    given = isinstance(sample_shape, tuple) and sample_shape != ()
+    symbolic = given and any(type(n) is torch.SymInt for n in sample_shape)
     make = _check_config if compiling or symbolic else _cached_config  # torch.compile warns about a cache
     return make(where, ndim, z, kl, sample_shape, event_ndim, param, min_std, clamp, packed, density)
 
