@@ -45,6 +45,36 @@ def latent_backward(
     dx_p: Tensor | None,
     /,
 ) -> None: ...
+def mixture_forward(
+    options: Options,
+    threads: int,
+    z: Tensor,
+    mu: Tensor,
+    x: Tensor,
+    log_weights: Tensor | None,
+    joint: Tensor | None,
+    dims: Tensor | None,
+    joint_sums: Tensor | None,
+    dims_sums: Tensor | None,
+    /,
+) -> None: ...
+def mixture_backward(
+    options: Options,
+    threads: int,
+    z: Tensor,
+    mu: Tensor,
+    x: Tensor,
+    log_weights: Tensor | None,
+    djoint: Tensor | None,
+    ddims: Tensor | None,
+    joint_sums: Tensor | None,
+    dims_sums: Tensor | None,
+    dz: Tensor | None,
+    dmu: Tensor | None,
+    dx: Tensor | None,
+    dlog_weights: Tensor | None,
+    /,
+) -> None: ...
 def randn(seed: Tensor, out: Tensor, threads: int) -> None: ...
 def test_philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> list[int]: ...
 def test_box_muller(radius: bytes, angle: bytes) -> bytes: ...

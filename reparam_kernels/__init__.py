@@ -8,6 +8,7 @@ from .core.backends import backend_for
 from .diagonal_gaussian import DiagonalGaussian
 from .head import GaussianHead
 from .ops.latent import kl_divergence, reparameterize, reparameterize_kl
+from .ops.mixture import mixture_log_prob
 from .ops.noise import NOISE_VERSION, randn
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "integrations",
     "kl_divergence",
     "losses",
+    "mixture_log_prob",
     "randn",
     "reference",
     "reparameterize",

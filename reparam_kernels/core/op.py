@@ -44,9 +44,12 @@ class Op(Generic[A]):
     inputs: the names of the tensors that get gradients.
     outputs: the names of the outputs.
     formula: arguments -> outputs in plain torch, differentiable to any order; None for an output not asked for.
-    shapes: arguments -> a Shape for each output, None for one not asked for.
+    saved: the names of what forward computes for backward alone: the last tensors among the arguments, None in a
+        forward call.
+    shapes: arguments -> a Shape for each output and each saved tensor, None for one not asked for.
     package: holds cpu.py and triton.py, each with forward(arguments) -> outputs and backward(arguments, output
         gradients, wanted) -> input gradients, contiguous. A gradient may have the shape to which its input expands.
+        An op with saved tensors also has forward_saving(arguments) -> outputs, saved.
     with_noise: arguments -> arguments whose random numbers are tensors, the same numbers as the kernels would use.
     """
 
@@ -57,6 +60,7 @@ class Op(Generic[A]):
         *,
         inputs: tuple[str, ...],
         outputs: tuple[str, ...],
+        saved: tuple[str, ...] = (),
         formula: Callable[[A], Outputs],
         shapes: Callable[[A], tuple[Shape | None, ...]],
         package: str,
@@ -67,10 +71,11 @@ class Op(Generic[A]):
         hints = get_type_hints(arguments)
         *tensors, options = hints
         self.n_inputs, self.n_tensors, self.n_outputs = len(inputs), len(tensors), len(outputs)
+        self.n_given = self.n_tensors - len(saved)
         self.options: Any = hints[options]
         self._option_types = list(get_type_hints(self.options).values())
         self.function = autograd_function(self)
-        self._register({n: hints[n] for n in tensors} | get_type_hints(self.options), inputs, outputs)
+        self._register({n: hints[n] for n in tensors} | get_type_hints(self.options), inputs, outputs, saved)
 
     # The three ways to run. execute.py chooses between them and the formula.
 
@@ -85,11 +90,19 @@ class Op(Generic[A]):
     def registered(self, arguments: A) -> Outputs:
         """Run the registered op."""
         outputs = as_tuple(self._forward_op(*self.flatten(arguments)))
-        return tuple(None if shape is None else t for t, shape in zip(outputs, self.shapes(arguments), strict=True))
+        asked = zip(outputs, self.shapes(arguments), range(self.n_outputs), strict=False)
+        return tuple(None if shape is None else t for t, shape, _ in asked)
 
     def by_formula(self, arguments: A) -> Outputs:
         """Run the formula with the kernels' noise as a constant. This is correct under any nesting of transforms."""
         return self.formula(self.with_noise(arguments))
+
+    def forward_saving(self, arguments: A) -> tuple[Outputs, Outputs]:
+        """Run the kernels; return the outputs and the saved tensors."""
+        kernels = self.kernels(arguments[0].device)
+        if self.n_given == self.n_tensors:
+            return kernels.forward(arguments), ()
+        return kernels.forward_saving(arguments)  # type: ignore[no-any-return]
 
     # Gradients.
 
@@ -134,11 +147,13 @@ class Op(Generic[A]):
         )
         return self.arguments._make((*tensors, self.options._make(typed)))  # type: ignore[no-any-return]
 
-    def _register(self, fields: dict[str, Any], inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+    def _register(
+        self, fields: dict[str, Any], inputs: tuple[str, ...], outputs: tuple[str, ...], saved: tuple[str, ...]
+    ) -> None:
         arguments = ", ".join(f"{SCHEMA_TYPES[kind]} {field}" for field, kind in fields.items())
         grads = ", ".join(f"Tensor? d{output}" for output in outputs)
         forward, backward = self.name, f"{self.name}_backward"
-        LIBRARY.define(f"{forward}({arguments}) -> {returns(outputs)}")
+        LIBRARY.define(f"{forward}({arguments}) -> {returns(outputs + saved)}")
         LIBRARY.define(f"{backward}({arguments}, {grads}, bool[] wanted) -> {returns(inputs)}")
         self._forward_op = getattr(torch.ops.reparam_kernels, forward)
         self._backward_op = getattr(torch.ops.reparam_kernels, backward)
@@ -158,9 +173,8 @@ class ForwardRules:
 
     def run(self, *values: Any) -> Any:
         arguments = self.op.unflatten(list(map(as_plain_tensor, values)))
-        first = arguments[0]
-        outputs = self.op.kernels(first.device).forward(arguments)
-        return one_or_all(first.new_empty(0) if t is None else t for t in outputs)
+        outputs, saved = self.op.forward_saving(arguments)
+        return one_or_all(arguments[0].new_empty(0) if t is None else t for t in (*outputs, *saved))
 
     def fake(self, *values: Any) -> Any:
         first = values[0]
@@ -168,14 +182,17 @@ class ForwardRules:
         return one_or_all(first.new_empty(0) if s is None else first.new_empty(s.sizes, dtype=s.dtype) for s in shapes)
 
     def save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        ctx.save_for_backward(*inputs[: self.op.n_tensors])
+        ctx.save_for_backward(*inputs[: self.op.n_given], *as_tuple(output)[self.op.n_outputs :])
         ctx.options = inputs[self.op.n_tensors :]
         ctx.set_materialize_grads(False)
 
     def gradient(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         op, wanted = self.op, ctx.needs_input_grad[: self.op.n_inputs]
-        arguments = op.unflatten((*ctx.saved_tensors, *ctx.options))
-        asked = tuple(None if s is None else g for g, s in zip(grads, op.shapes(arguments), strict=True))
+        tensors = ctx.saved_tensors
+        shapes = op.shapes(op.unflatten((*tensors, *ctx.options)))
+        saved = [None if s is None else t for t, s in zip(tensors[op.n_given :], shapes[op.n_outputs :], strict=True)]
+        arguments = op.unflatten((*tensors[: op.n_given], *saved, *ctx.options))
+        asked = tuple(None if s is None else g for g, s, _ in zip(grads, shapes, range(op.n_outputs), strict=False))
         input_grads = op.registered_gradients(arguments, asked, wanted)
         return *input_grads, *[None] * (len(ctx.needs_input_grad) - len(input_grads))
 
@@ -238,10 +255,11 @@ def autograd_function(op: Op[Any]) -> Any:
     """Make the autograd.Function of the eager path. It saves the arguments and nothing else."""
 
     def forward(ctx: Any, arguments: Any, *inputs: Tensor | None) -> Outputs:
-        ctx.save_for_backward(*arguments[:-1])
+        outputs, saved = op.forward_saving(arguments)
+        ctx.save_for_backward(*arguments[: op.n_given], *saved)
         ctx.options = arguments[-1]
         ctx.set_materialize_grads(False)
-        return op.kernels(arguments[0].device).forward(arguments)  # type: ignore[no-any-return]
+        return outputs
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         arguments = op.arguments._make((*ctx.saved_tensors, ctx.options))

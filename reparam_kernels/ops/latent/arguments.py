@@ -178,7 +178,7 @@ def _check_config(
     clamp: Any,
     packed: int | None,
 ) -> Config:
-    min_std, clamp = _check_scale(where, param, min_std, clamp)
+    min_std, clamp = check_scale(where, param, min_std, clamp)
     sample_shape = checks.sizes(where, "sample_shape", sample_shape)
     event_ndim = _check_event_ndim(where, event_ndim, ndim) if kl else 0
     return Config(z, kl, sample_shape, event_ndim, param, min_std, clamp, packed)
@@ -197,7 +197,7 @@ def _check_event_ndim(where: str, event_ndim: Any, ndim: int) -> int:
     return value
 
 
-def _check_scale(where: str, param: Any, min_std: Any, clamp: Any) -> tuple[float, tuple[float, float] | None]:
+def check_scale(where: str, param: Any, min_std: Any, clamp: Any) -> tuple[float, tuple[float, float] | None]:
     """Check how the second argument is read; return min_std and clamp as the kernels take them."""
     if param not in PARAMS:
         raise ValueError(
