@@ -29,41 +29,58 @@ struct Pack {
   static constexpr int kWidth = kVectorBytes / sizeof(C), kVectors = kPack / kWidth;
   Vector v[kVectors];
 
+  // Copies go vector by vector too: GCC moves a whole Pack in smaller pieces through memory, which is slow.
   Pack() = default;
+  REPARAM_INLINE Pack(const Pack& other) { *this = other; }
+  REPARAM_INLINE Pack& operator=(const Pack& other) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) v[i] = other.v[i];
+    return *this;
+  }
   REPARAM_INLINE Pack(C x) {
-    for (Vector& part : v) part = Vector{} + x;  // + x of a zero keeps every bit that a kernel can see
+#pragma GCC unroll 8
+    for (Vector& part : v) part = x - Vector{};  // no operation at all
   }
 };
 
+// At any address.
 template <class C>
 REPARAM_INLINE Pack<C> load_pack(const C* from) {
+  typedef C Unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(C)), may_alias));
   Pack<C> p;
-  std::memcpy(&p, from, sizeof p);
+#pragma GCC unroll 8
+  for (int i = 0; i < Pack<C>::kVectors; ++i) p.v[i] = *(const Unaligned*)(from + i * Pack<C>::kWidth);
   return p;
 }
 template <class C>
 REPARAM_INLINE void store_pack(C* to, Pack<C> p) {
-  std::memcpy(to, &p, sizeof p);
+  typedef C Unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(C)), may_alias));
+#pragma GCC unroll 8
+  for (int i = 0; i < Pack<C>::kVectors; ++i) *(Unaligned*)(to + i * Pack<C>::kWidth) = p.v[i];
 }
 
 template <class C>
 REPARAM_INLINE Pack<C> operator+(Pack<C> a, Pack<C> b) {
+#pragma GCC unroll 8
   for (int i = 0; i < Pack<C>::kVectors; ++i) a.v[i] += b.v[i];
   return a;
 }
 template <class C>
 REPARAM_INLINE Pack<C> operator-(Pack<C> a, Pack<C> b) {
+#pragma GCC unroll 8
   for (int i = 0; i < Pack<C>::kVectors; ++i) a.v[i] -= b.v[i];
   return a;
 }
 template <class C>
 REPARAM_INLINE Pack<C> operator*(Pack<C> a, Pack<C> b) {
+#pragma GCC unroll 8
   for (int i = 0; i < Pack<C>::kVectors; ++i) a.v[i] *= b.v[i];
   return a;
 }
 
 template <class C>
 REPARAM_INLINE Pack<C> operator-(Pack<C> a) {
+#pragma GCC unroll 8
   for (int i = 0; i < Pack<C>::kVectors; ++i) a.v[i] = -a.v[i];
   return a;
 }
@@ -71,6 +88,7 @@ REPARAM_INLINE Pack<C> operator-(Pack<C> a) {
 // a > b ? a : b, which is b if one of them is NaN.
 template <class C>
 REPARAM_INLINE Pack<C> larger(Pack<C> a, Pack<C> b) {
+#pragma GCC unroll 8
   for (int i = 0; i < Pack<C>::kVectors; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
   return a;
 }
@@ -78,6 +96,7 @@ REPARAM_INLINE Pack<C> larger(Pack<C> a, Pack<C> b) {
 // a > limit ? yes : no.
 template <class C>
 REPARAM_INLINE Pack<C> where_above(Pack<C> a, C limit, Pack<C> yes, Pack<C> no) {
+#pragma GCC unroll 8
   for (int i = 0; i < Pack<C>::kVectors; ++i) a.v[i] = a.v[i] > limit ? yes.v[i] : no.v[i];
   return a;
 }
@@ -86,8 +105,10 @@ REPARAM_INLINE Pack<float> fma(Pack<float> a, Pack<float> b, Pack<float> c) {
 #if defined(__AVX512F__)
   a.v[0] = _mm512_fmadd_ps(a.v[0], b.v[0], c.v[0]);
 #elif defined(__AVX2__) && defined(__FMA__)
+#pragma GCC unroll 8
   for (int i = 0; i < Pack<float>::kVectors; ++i) a.v[i] = _mm256_fmadd_ps(a.v[i], b.v[i], c.v[i]);
 #elif defined(__ARM_NEON) && defined(__ARM_FEATURE_FMA)
+#pragma GCC unroll 8
   for (int i = 0; i < Pack<float>::kVectors; ++i) a.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]);
 #else
   float x[kPack], y[kPack], to[kPack];
@@ -106,6 +127,7 @@ REPARAM_INLINE Pack<float> exp2(Pack<float> x) {
   const Pack<float> t = x + Pack<float>(12583039.f);  // its low bits are the exponent of 2^n
   const Pack<float> r = x - (t - Pack<float>(12583039.f));
   Pack<float> scale, q(.0013269521f);
+#pragma GCC unroll 8
   for (int i = 0; i < Pack<float>::kVectors; ++i) scale.v[i] = (Pack<float>::Vector)((Bits)t.v[i] << 23);
   for (float coefficient : {.009671291f, .05550711f, .24022247f, .693147f}) q = fma(q, r, Pack<float>(coefficient));
   return fma(q * r, scale, scale);

@@ -15,7 +15,7 @@ constexpr int kFields =
     3 * kBlock;  // of one dim of a block: mu, 1 / sigma and the constant term, each of 16 components
 constexpr int kForwardTile = 64, kBackwardTile = 128;  // points
 constexpr int kPiece = 64;                             // dims that are copied at a time
-constexpr int kPlainDims = 16;                         // dims whose squares are added without compensation
+constexpr int kPlainDims = 8;                          // dims whose squares are added without compensation
 constexpr int kComponentChunks = 8, kItemChunks = 4;   // the most independent sums over components and over points
 
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453, kHalfLog2Pi = 0.9189385332046727;
@@ -226,6 +226,7 @@ template <class C>
 inline void sum_squares(const C* block, const C* z, int64_t stride, int64_t cols, TwoWords<C>* squares) {
   constexpr int kGroup = kVectorBytes == 64 && sizeof(C) == 4 ? kBlock : kBlock / 4;  // as many as registers hold
   for (int g = 0; g < kBlock; g += kGroup) {
+#pragma GCC unroll 16
     for (int k = 0; k < kGroup; ++k) squares[g + k] = {Pack<C>(C(0)), Pack<C>(C(0))};
     for (int64_t first = 0; first < cols; first += kPlainDims) {
       const int64_t last = first + kPlainDims < cols ? first + kPlainDims : cols;
@@ -250,6 +251,7 @@ inline void sum_squares(const C* block, const C* z, int64_t stride, int64_t cols
 // Turns sums of squares into the logarithms of a block's terms. `weights` is null unless each point has its own.
 template <class C>
 inline void joint_terms(const C* constants, const C* weights, TwoWords<C>* terms) {
+#pragma GCC unroll 16
   for (int k = 0; k < kBlock; ++k) {
     Pack<C> squares = terms[k].top, rest = where_above(squares, kFar<C>, Pack<C>(C(0)), terms[k].rest);
     squares = where_above(squares, kFar<C>, Pack<C>(2 * kFar<C>), squares);
@@ -267,8 +269,10 @@ template <class C, class Rest>
 REPARAM_INLINE void add_terms(const Pack<C>* terms, Rest rest, C* maximum, C* sum) {
   const Pack<C> before = load_pack(maximum);
   Pack<C> top = before;
+#pragma GCC unroll 16
   for (int k = 0; k < kBlock; ++k) top = larger(terms[k], top);  // NaN comes back through the sum
   Pack<C> part[4] = {load_pack(sum) * exp2(before - top), Pack<C>(C(0)), Pack<C>(C(0)), Pack<C>(C(0))};
+#pragma GCC unroll 16
   for (int k = 0; k < kBlock; ++k) part[k % 4] = part[k % 4] + exp2(rest(terms[k] - top, k));
   store_pack(maximum, top);
   store_pack(sum, (part[0] + part[1]) + (part[2] + part[3]));
@@ -291,24 +295,29 @@ inline void forward_block(const MixtureArguments& a, const Components<C>& compon
   if constexpr (!kDims) {
     sum_squares(fields, z, kForwardTile, a.cols, joint);
   } else {
+#pragma GCC unroll 16
     for (int k = 0; k < kBlock; ++k) joint[k] = {Pack<C>(C(0)), Pack<C>(C(0))};
     Pack<C> part[kBlock];
     for (int64_t d = 0; d < a.cols; ++d, fields += kFields) {
       const Pack<C> at = load_pack(z + d * kForwardTile);
       Pack<C> terms[kBlock];
       if (kJoint && d % kPlainDims == 0) {
+#pragma GCC unroll 16
         for (int k = 0; k < kBlock; ++k) part[k] = Pack<C>(C(0));
       }
+#pragma GCC unroll 16
       for (int k = 0; k < kBlock; ++k) {
-        const Pack<C> e = (at - Pack<C>(fields[k])) * Pack<C>(fields[kBlock + k]), square = e * e;
-        if constexpr (kJoint) part[k] = part[k] + square;
-        terms[k] = fma(square, Pack<C>(kHalf<C>), Pack<C>(fields[2 * kBlock + k]));
+        const Pack<C> e = (at - Pack<C>(fields[k])) * Pack<C>(fields[kBlock + k]);
+        if constexpr (kJoint) part[k] = fma(e, e, part[k]);  // as in sum_squares, so that backward finds the same sum
+        terms[k] = fma(e * e, Pack<C>(kHalf<C>), Pack<C>(fields[2 * kBlock + k]));
       }
       if (a.weights_by_item) {
+#pragma GCC unroll 16
         for (int k = 0; k < kBlock; ++k) terms[k] = terms[k] + load_pack(weights + k * kPack);
       }
       add_terms(terms, [](Pack<C> x, int) { return x; }, maximum + d * kForwardTile, sum + d * kForwardTile);
       if (kJoint && (d % kPlainDims == kPlainDims - 1 || d == a.cols - 1)) {
+#pragma GCC unroll 16
         for (int k = 0; k < kBlock; ++k) add_part(joint[k], part[k]);
       }
     }
@@ -316,6 +325,7 @@ inline void forward_block(const MixtureArguments& a, const Components<C>& compon
   if constexpr (kJoint) {
     joint_terms(components.joint.data + block * 2 * kBlock, a.weights_by_item ? weights : nullptr, joint);
     Pack<C> top[kBlock];
+#pragma GCC unroll 16
     for (int k = 0; k < kBlock; ++k) top[k] = joint[k].top;
     add_terms(top, [&](Pack<C> x, int k) { return x + joint[k].rest; }, joint_maximum, joint_sum);
   }
@@ -461,6 +471,7 @@ inline void joint_gradients(const MixtureArguments& a, const Components<C>& comp
     joint_terms(components.joint.data + block * 2 * kBlock, a.weights_by_item ? weights : nullptr, terms);
     const Pack<C> maximum = load_pack(points.joint_maximum.data + at), log_sum = load_pack(points.joint_log.data + at),
                   grad = load_pack(points.joint_grad.data + at);
+#pragma GCC unroll 16
     for (int k = 0; k < kBlock; ++k) {
       const Pack<C> share = exp2((terms[k].top - maximum) + (terms[k].rest - log_sum));
       store_pack(to + k * kBackwardTile + p * kPack, share * grad);
@@ -476,6 +487,7 @@ inline void gradients_of_dim(const MixtureArguments& a, const C* fields, const P
   for (int g = 0; g < kBlock; g += kGroup) {
     Pack<C> dmu[kGroup], dlog_sigma[kGroup];
     C* const group = sums + g * kPack;
+#pragma GCC unroll 16
     for (int k = 0; k < kGroup; ++k) {
       dmu[k] = load_pack(group + k * kPack);
       dlog_sigma[k] = load_pack(group + (kBlock + k) * kPack);
@@ -489,6 +501,7 @@ inline void gradients_of_dim(const MixtureArguments& a, const C* fields, const P
         log_sum = load_pack(points.dims_log.data + lane);
         grad = load_pack(points.dims_grad.data + lane);
       }
+#pragma GCC unroll 16
       for (int k = 0; k < kGroup; ++k) {
         const Pack<C> inverse(fields[kBlock + g + k]), e = (z - Pack<C>(fields[g + k])) * inverse;
         const int term = (g + k) * kBackwardTile + p * kPack;
@@ -512,6 +525,7 @@ inline void gradients_of_dim(const MixtureArguments& a, const C* fields, const P
       }
       store_pack(dz + p * kPack, load_pack(dz + p * kPack) + dz_part);
     }
+#pragma GCC unroll 16
     for (int k = 0; k < kGroup; ++k) {
       store_pack(group + k * kPack, dmu[k]);
       store_pack(group + (kBlock + k) * kPack, dlog_sigma[k]);
@@ -556,6 +570,7 @@ inline void backward_task(const MixtureArguments& a, const Components<C>& compon
     const int64_t n = block * kBlock;
     const int count = a.components - n < kBlock ? (int)(a.components - n) : kBlock;
     Pack<C> weight_sums[kBlock];
+#pragma GCC unroll 16
     for (int k = 0; k < kBlock; ++k) weight_sums[k] = Pack<C>(C(0));
     for (int64_t i = 0; i < a.cols * kTaskNumbers; ++i) task.sums[i] = 0;
     for (int64_t tile = first_tile; tile < last_tile; ++tile) {
@@ -569,6 +584,7 @@ inline void backward_task(const MixtureArguments& a, const Components<C>& compon
         for (int p = 0; p < packs; ++p) {
           alignas(64) C weights[kBlock * kPack];
           load_weights(a, block, first + p * kPack, weights);
+#pragma GCC unroll 16
           for (int k = 0; k < kBlock; ++k)
             store_pack(item_weights + k * kBackwardTile + p * kPack, load_pack(weights + k * kPack));
         }
@@ -586,6 +602,7 @@ inline void backward_task(const MixtureArguments& a, const Components<C>& compon
             for (int k = 0; k < count; ++k) row[k] = task.weight_grads[k * kBackwardTile + i];
           }
         } else {
+#pragma GCC unroll 16
           for (int k = 0; k < kBlock; ++k) {
             for (int p = 0; p < packs; ++p)
               weight_sums[k] = weight_sums[k] + load_pack(task.weight_grads + k * kBackwardTile + p * kPack);
