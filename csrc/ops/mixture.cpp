@@ -297,7 +297,7 @@ inline void forward_block(const MixtureArguments& a, const Components<C>& compon
   } else {
 #pragma GCC unroll 16
     for (int k = 0; k < kBlock; ++k) joint[k] = {Pack<C>(C(0)), Pack<C>(C(0))};
-    Pack<C> part[kBlock];
+    Pack<C> part[kBlock] = {};
     for (int64_t d = 0; d < a.cols; ++d, fields += kFields) {
       const Pack<C> at = load_pack(z + d * kForwardTile);
       Pack<C> terms[kBlock];
