@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from .core.seeds import make_seed
-from .ops import latent
+from .ops import latent, mixture
 from .ops.latent.arguments import make_arguments
 from .ops.latent.formula import formula
+from .ops.mixture.arguments import make_arguments as make_mixture_arguments
+from .ops.mixture.formula import formula as mixture_formula
 from .ops.noise.formula import reference_noise
 
-__all__ = ["kl_divergence", "randn", "reparameterize", "reparameterize_kl"]
+__all__ = ["kl_divergence", "mixture_log_prob", "randn", "reparameterize", "reparameterize_kl"]
 
 
 def randn(
@@ -49,3 +51,10 @@ def _in_plain_torch(function: Callable[..., Any], *, z: bool = False, kl: bool =
 reparameterize = _in_plain_torch(latent.reparameterize, z=True)
 kl_divergence = _in_plain_torch(latent.kl_divergence, kl=True)
 reparameterize_kl = _in_plain_torch(latent.reparameterize_kl, z=True, kl=True)
+
+
+@wraps(mixture.mixture_log_prob)
+def mixture_log_prob(*args: Any, **options: Any) -> Any:
+    arguments = make_mixture_arguments("reference.mixture_log_prob", *args, **options)
+    joint, dims = mixture_formula(arguments)
+    return (joint, dims) if arguments.config.of == "both" else dims if joint is None else joint

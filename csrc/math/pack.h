@@ -101,23 +101,31 @@ REPARAM_INLINE Pack<C> where_above(Pack<C> a, C limit, Pack<C> yes, Pack<C> no) 
   return a;
 }
 
-REPARAM_INLINE Pack<float> fma(Pack<float> a, Pack<float> b, Pack<float> c) {
 #if defined(__AVX512F__)
+REPARAM_INLINE Pack<float> fma(Pack<float> a, Pack<float> b, Pack<float> c) {
   a.v[0] = _mm512_fmadd_ps(a.v[0], b.v[0], c.v[0]);
-#elif defined(__AVX2__) && defined(__FMA__)
-#pragma GCC unroll 8
-  for (int i = 0; i < Pack<float>::kVectors; ++i) a.v[i] = _mm256_fmadd_ps(a.v[i], b.v[i], c.v[i]);
-#elif defined(__ARM_NEON) && defined(__ARM_FEATURE_FMA)
-#pragma GCC unroll 8
-  for (int i = 0; i < Pack<float>::kVectors; ++i) a.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]);
-#else
-  float x[kPack], y[kPack], to[kPack];
-  store_pack(x, a), store_pack(y, b), store_pack(to, c);
-  for (int i = 0; i < kPack; ++i) to[i] = fma(x[i], y[i], to[i]);
-  a = load_pack(to);
-#endif
   return a;
 }
+#elif defined(__AVX2__) && defined(__FMA__)
+REPARAM_INLINE Pack<float> fma(Pack<float> a, Pack<float> b, Pack<float> c) {
+  for (int i = 0; i < Pack<float>::kVectors; ++i) a.v[i] = _mm256_fmadd_ps(a.v[i], b.v[i], c.v[i]);
+  return a;
+}
+#elif defined(__ARM_NEON) && defined(__ARM_FEATURE_FMA)
+REPARAM_INLINE Pack<float> fma(Pack<float> a, Pack<float> b, Pack<float> c) {
+  for (int i = 0; i < Pack<float>::kVectors; ++i) a.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]);
+  return a;
+}
+#else
+// Not inlined: it is so long that a kernel with it takes minutes to compile.
+__attribute__((noinline)) Pack<float> fma(Pack<float> a, Pack<float> b, Pack<float> c) {
+  float x[kPack], y[kPack], to[kPack];
+  store_pack(x, a), store_pack(y, b), store_pack(to, c);
+#pragma omp simd
+  for (int i = 0; i < kPack; ++i) to[i] = fma(x[i], y[i], to[i]);
+  return load_pack(to);
+}
+#endif
 REPARAM_INLINE Pack<double> fma(Pack<double> a, Pack<double> b, Pack<double> c) { return a * b + c; }
 
 // 2^x for x < 128, and 0 for x < -126.5: 2^n times a polynomial in the rest, whose relative error is 1e-7.
