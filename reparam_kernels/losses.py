@@ -358,8 +358,8 @@ def minibatch_log_weights(batch: int, n_data: int) -> float:
         n_data: points in the data set, at least `batch`.
 
     Returns:
-        A number, for log_weights of rk.mixture_log_prob. The estimate of log q(z) is too low, by about log batch if z is
-        near its own posterior alone, and by up to log n_data if the posteriors overlap.
+        A number, for log_weights of rk.mixture_log_prob. The estimate of log q(z) is too low, by about
+        log batch if z is near its own posterior alone, and by up to log n_data if the posteriors overlap.
 
     Raises:
         ValueError: if the sizes are not 1 <= batch <= n_data.

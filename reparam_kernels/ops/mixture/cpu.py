@@ -35,12 +35,11 @@ def _forward(arguments: Arguments, saving: bool) -> tuple[Tensor | None, Tensor 
         None if s is None or (i >= 2 and not saving) else z.new_empty(s.sizes, dtype=s.dtype)
         for i, s in enumerate(shapes(arguments))
     )
-    tensors = {"z": z, "mu": mu, "x": x, "log_weights": log_weights, "joint": joint, "dims": dims}
+    options, threads = _options(arguments.config), torch.get_num_threads()
     try:
-        _C.mixture_forward(
-            _options(arguments.config), torch.get_num_threads(), *tensors.values(), joint_sums, dims_sums
-        )
+        _C.mixture_forward(options, threads, z, mu, x, log_weights, joint, dims, joint_sums, dims_sums)
     except _C.InvalidArgument as refusal:
+        tensors = {"z": z, "mu": mu, "x": x, "log_weights": log_weights}
         raise explain(refusal, tensors) from None
     return joint, dims, joint_sums, dims_sums
 
@@ -59,11 +58,12 @@ def backward(
     dlog_weights = None
     if wanted[3] and log_weights is not None:
         dlog_weights = log_weights.new_empty(log_weights.shape, dtype=compute_dtype(z.dtype))
-    tensors = {"z": z, "mu": mu, "x": x, "log_weights": log_weights, "djoint": djoint, "ddims": ddims}
-    tensors |= {"joint_sums": joint_sums, "dims_sums": dims_sums}
-    outputs = (dz, dmu, dx, dlog_weights)
+    options, threads = _options(arguments.config), torch.get_num_threads()
+    sums, outputs = (joint_sums, dims_sums), (dz, dmu, dx, dlog_weights)
     try:
-        _C.mixture_backward(_options(arguments.config), torch.get_num_threads(), *tensors.values(), *outputs)
+        _C.mixture_backward(options, threads, z, mu, x, log_weights, djoint, ddims, *sums, *outputs)
     except _C.InvalidArgument as refusal:
+        tensors = {"z": z, "mu": mu, "x": x, "log_weights": log_weights, "djoint": djoint, "ddims": ddims}
+        tensors |= {"joint_sums": joint_sums, "dims_sums": dims_sums}
         raise explain(refusal, tensors) from None
     return dz, dmu, dx, None if dlog_weights is None or log_weights is None else dlog_weights.to(log_weights.dtype)

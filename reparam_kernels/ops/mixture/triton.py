@@ -102,9 +102,7 @@ def _forward(arguments: Arguments, saving: bool) -> tuple[Tensor | None, Tensor 
     z, fields, sizes = call.z, call.fields, call.sizes
     blocks = cdiv(sizes.items, BLOCK)
     if joint is not None and blocks > 0:
-        call.launch(
-            kernels.joint_kernel, blocks, z, fields, call.joint, call.item_weights, joint, joint_sums, sizes
-        )
+        call.launch(kernels.joint_kernel, blocks, z, fields, call.joint, call.item_weights, joint, joint_sums, sizes)
     if dims is not None and dims.numel() > 0:
         programs = blocks * sizes.cols
         call.launch(kernels.dims_kernel, programs, z, fields, call.item_weights, dims, dims_sums, sizes)

@@ -295,9 +295,7 @@ def joint_gradients(ptrs, b, n, sizes, OPTIONS: tl.constexpr):
     FLOAT: tl.constexpr = tl.float64 if OPTIONS.FLOAT64 else tl.float32
     if OPTIONS.JOINT:
         terms = joint_terms(ptrs.z, ptrs.fields, ptrs.joint, ptrs.weights, b, n, sizes, OPTIONS)
-        return share(
-            terms.top, terms.rest, ptrs.joint_sums, ptrs.joint_grad, b, sizes.items, b < sizes.items, OPTIONS
-        )
+        return share(terms.top, terms.rest, ptrs.joint_sums, ptrs.joint_grad, b, sizes.items, b < sizes.items, OPTIONS)
     else:
         return tl.zeros([OPTIONS.BLOCK_B, OPTIONS.BLOCK_N], FLOAT)
 
@@ -407,9 +405,8 @@ def components_backward_kernel(
             else:
                 of_weights += tl.sum(all_dims, axis=0)
         tl.debug_barrier()  # the next block of points reads what other threads have written
-    if dweights_ptr is not None:
-        if not OPTIONS.ITEM_WEIGHTS:
-            tl.store(dweights_ptr + n, of_weights, mask=n_mask)
+    if dweights_ptr is not None and not OPTIONS.ITEM_WEIGHTS:
+        tl.store(dweights_ptr + n, of_weights, mask=n_mask)
 
 
 @triton.jit
