@@ -8,6 +8,7 @@
 
 #include "core/borrowed_tensor.h"
 #include "ops/latent.h"
+#include "ops/mixture.h"
 #include "ops/noise.h"
 
 namespace py = pybind11;
@@ -207,6 +208,91 @@ void latent_backward(const Options& options, int threads, const Tensors<std::siz
   latent().backward(a, threads);
 }
 
+// ---- the mixture
+
+// Makes the arguments that forward and backward share. `joint` and `dims` are the outputs or their gradients.
+MixtureArguments mixture_arguments(const Options& options, const BorrowedTensor& z, const BorrowedTensor& mu,
+                                   const BorrowedTensor& x, const BorrowedTensor& log_weights,
+                                   const BorrowedTensor& joint, const BorrowedTensor& dims,
+                                   const BorrowedTensor& joint_sums, const BorrowedTensor& dims_sums) {
+  if (!z) throw_invalid("z");
+  if (!mu) throw_invalid("mu");
+  if (!x) throw_invalid("x");
+  const Dtype dtype = mu.dtype(), sums = compute_dtype(dtype);
+  z.check_dtype(dtype);
+  x.check_dtype(dtype);
+  x.check_shape(mu);
+  const int event = mu.t.ndim - 1, batch = z.t.ndim - event;
+  if (event < 0 || mu.t.shape[0] < 1) throw_invalid("mu");
+  if (batch < 0 || !z.same_sizes(batch, mu, 1, event)) throw_invalid("z");
+  MixtureArguments a;
+  a.options = options;
+  a.use_f64 = dtype == Dtype::f64;
+  a.items = z.product(0, batch);
+  a.components = mu.t.shape[0];
+  a.cols = mu.product(1, mu.t.ndim);
+  if (log_weights) {
+    if (log_weights.dtype() != dtype) log_weights.check_dtype(sums);
+    a.weights_by_item = log_weights.t.ndim != 1;
+    const int leading = a.weights_by_item ? batch : 0;
+    if (log_weights.t.ndim != leading + 1 || !log_weights.same_sizes(0, z, 0, leading) ||
+        log_weights.t.shape[leading] != a.components)
+      throw_invalid("log_weights");
+  }
+  for (const BorrowedTensor* t : {&joint, &dims, &joint_sums, &dims_sums}) t->check_dtype(sums);
+  if (joint && (joint.t.ndim != batch || !joint.same_sizes(0, z, 0, batch))) throw_invalid(joint.name);
+  dims.check_shape(z);
+  for (const auto& [saved, of] : {std::pair(&joint_sums, &joint), std::pair(&dims_sums, &dims)}) {
+    if (!*saved) continue;
+    if (!*of || saved->t.ndim != of->t.ndim + 1 || saved->t.shape[0] != 2 || !saved->same_sizes(1, *of, 0, of->t.ndim))
+      throw_invalid(saved->name);
+    saved->check_contiguous();
+  }
+  a.z = z.operand();
+  a.mu = mu.operand();
+  a.x = x.operand();
+  a.log_weights = log_weights.operand();
+  a.joint = joint.operand();
+  a.dims = dims.operand();
+  a.joint_sums = joint_sums.operand();
+  a.dims_sums = dims_sums.operand();
+  return a;
+}
+
+constexpr const char* kMixtureForward[] = {"z", "mu", "x", "log_weights", "joint", "dims", "joint_sums", "dims_sums"};
+
+void mixture_forward(const Options& options, int threads, const Tensors<std::size(kMixtureForward)>& tensors) {
+  const auto& [z, mu, x, log_weights, joint, dims, joint_sums, dims_sums] = tensors;
+  const MixtureArguments a = mixture_arguments(options, z, mu, x, log_weights, joint, dims, joint_sums, dims_sums);
+  joint.check_contiguous();
+  dims.check_contiguous();
+  py::gil_scoped_release release;
+  mixture().forward(a, threads);
+}
+
+constexpr const char* kMixtureBackward[] = {"z",          "mu",        "x",  "log_weights", "djoint", "ddims",
+                                            "joint_sums", "dims_sums", "dz", "dmu",         "dx",     "dlog_weights"};
+
+void mixture_backward(const Options& options, int threads, const Tensors<std::size(kMixtureBackward)>& tensors) {
+  const auto& [z, mu, x, log_weights, djoint, ddims, joint_sums, dims_sums, dz, dmu, dx, dlog_weights] = tensors;
+  MixtureArguments a = mixture_arguments(options, z, mu, x, log_weights, djoint, ddims, joint_sums, dims_sums);
+  if (djoint && !joint_sums) throw_invalid("joint_sums");
+  if (ddims && !dims_sums) throw_invalid("dims_sums");
+  dz.check_shape(z);
+  for (const BorrowedTensor* t : {&dmu, &dx}) t->check_shape(mu);
+  for (const BorrowedTensor* t : {&dz, &dmu, &dx}) t->check_dtype(mu.dtype());
+  if (dlog_weights && !log_weights) throw_invalid("dlog_weights");
+  dlog_weights.check_shape(log_weights);
+  dlog_weights.check_dtype(compute_dtype(mu.dtype()));
+  for (const BorrowedTensor* t : {&dz, &dmu, &dx, &dlog_weights}) t->check_contiguous();
+  a.dz = dz.operand();
+  a.dmu = dmu.operand();
+  a.dx = dx.operand();
+  a.dlog_weights = dlog_weights.operand();
+  py::gil_scoped_release release;
+  mixture().backward(a, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -231,9 +317,12 @@ PYBIND11_MODULE(_C, m) {
       .value("softplus", Param::softplus);
   py::class_<Options>(m, "Options")
       .def(py::init(&make_options), py::arg("param"), py::arg("min_std"), py::arg("clamped"), py::arg("low"),
-           py::arg("high"), py::arg("event_ndim"), py::arg("minus_log_p"), py::arg("tanh"), py::arg("path_derivative"));
+           py::arg("high"), py::arg("event_ndim") = 0, py::arg("minus_log_p") = false, py::arg("tanh") = false,
+           py::arg("path_derivative") = false);
   def_op(m, "latent_forward", kForward, &latent_forward);
   def_op(m, "latent_backward", kBackward, &latent_backward);
+  def_op(m, "mixture_forward", kMixtureForward, &mixture_forward);
+  def_op(m, "mixture_backward", kMixtureBackward, &mixture_backward);
 }
 
 }  // namespace reparam

@@ -19,10 +19,10 @@ class Options:
         clamped: bool,
         low: float,
         high: float,
-        event_ndim: int,
-        minus_log_p: bool,
-        tanh: bool,
-        path_derivative: bool,
+        event_ndim: int = 0,
+        minus_log_p: bool = False,
+        tanh: bool = False,
+        path_derivative: bool = False,
     ) -> None: ...
 
 def bind_tensor_type(tensor: type, parameter: type) -> None: ...
@@ -57,6 +57,36 @@ def latent_backward(
     dx: Tensor | None,
     dmu_p: Tensor | None,
     dx_p: Tensor | None,
+    /,
+) -> None: ...
+def mixture_forward(
+    options: Options,
+    threads: int,
+    z: Tensor,
+    mu: Tensor,
+    x: Tensor,
+    log_weights: Tensor | None,
+    joint: Tensor | None,
+    dims: Tensor | None,
+    joint_sums: Tensor | None,
+    dims_sums: Tensor | None,
+    /,
+) -> None: ...
+def mixture_backward(
+    options: Options,
+    threads: int,
+    z: Tensor,
+    mu: Tensor,
+    x: Tensor,
+    log_weights: Tensor | None,
+    djoint: Tensor | None,
+    ddims: Tensor | None,
+    joint_sums: Tensor | None,
+    dims_sums: Tensor | None,
+    dz: Tensor | None,
+    dmu: Tensor | None,
+    dx: Tensor | None,
+    dlog_weights: Tensor | None,
     /,
 ) -> None: ...
 def randn(seed: Tensor, out: Tensor, threads: int) -> None: ...

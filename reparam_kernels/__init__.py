@@ -15,6 +15,7 @@ from .ops.latent import (
     reparameterize_log_prob,
     reparameterize_mc_kl,
 )
+from .ops.mixture import mixture_log_prob
 from .ops.noise import NOISE_VERSION, randn, randn_like
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "integrations",
     "kl_divergence",
     "losses",
+    "mixture_log_prob",
     "randn",
     "randn_like",
     "reference",

@@ -10,14 +10,17 @@ from torch import Tensor
 
 from .core import checks
 from .core.seeds import make_seed
-from .ops import latent
+from .ops import latent, mixture
 from .ops.latent.arguments import Density, make_arguments
 from .ops.latent.op import LATENT
 from .ops.latent.priors import as_pair
+from .ops.mixture.arguments import make_arguments as make_mixture_arguments
+from .ops.mixture.op import MIXTURE
 from .ops.noise.formula import reference_noise
 
 __all__ = [
     "kl_divergence",
+    "mixture_log_prob",
     "randn",
     "reparameterize",
     "reparameterize_kl",
@@ -70,3 +73,10 @@ kl_divergence = _in_plain_torch(latent.kl_divergence, kl=True)
 reparameterize_kl = _in_plain_torch(latent.reparameterize_kl, z=True, kl=True)
 reparameterize_log_prob = _in_plain_torch(latent.reparameterize_log_prob, z=True, density=Density)
 reparameterize_mc_kl = _in_plain_torch(latent.reparameterize_mc_kl, z=True, density=partial(Density, minus_log_p=True))
+
+
+@wraps(mixture.mixture_log_prob)
+def mixture_log_prob(*args: Any, **options: Any) -> Any:
+    arguments = make_mixture_arguments("reference.mixture_log_prob", *args, **options)
+    joint, dims = MIXTURE.in_place_of_kernels(arguments)
+    return (joint, dims) if arguments.config.of == "both" else dims if joint is None else joint

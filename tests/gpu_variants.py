@@ -49,6 +49,21 @@ def latent(shape, dtype, kl_only=False, packed=False, prior=None, **options):
     return torch.autograd.grad(out, leaves, [torch.zeros(t.shape, dtype=t.dtype) for t in out])
 
 
+def mixture(dtype, of="both", items=256, components=512, cols=64, item_weights=False, **options):
+    """Make a call of the mixture op, forward and backward."""
+    leaf = partial(torch.zeros, dtype=DTYPES[dtype], requires_grad=True)
+    leaves = [leaf(items, cols), leaf(components, cols), leaf(components, cols)]
+    leaves.append(leaf(items, components) if item_weights else leaf(components))
+    out = rk.mixture_log_prob(*leaves[:3], log_weights=leaves[3], of=of, **options)
+    out = out if isinstance(out, tuple) else (out,)
+    return torch.autograd.grad(out, leaves, [torch.zeros_like(t) for t in out])
+
+
+def mixture_variant(name, dtype, **options) -> Variant:
+    """The elements of a mixture are the pairs of a point and a component, times the dims."""
+    return Variant(f"mixture, {name} {dtype}", 256 * 512 * 64, partial(mixture, dtype, **options))
+
+
 def variant(name, shape, dtype, **options) -> Variant:
     n = torch.Size(shape).numel()
     for size in options.get("sample_shape", ()):
@@ -63,6 +78,9 @@ def main() -> Iterator[Variant]:
         yield variant("latent", (4096, 128), dtype)
         yield variant("latent, prior", (4096, 128), dtype, prior="tensors")
         yield variant("kl alone", (4096, 128), dtype, kl_only=True)
+    yield mixture_variant("both", "float32")
+    yield mixture_variant("joint", "float32", of="joint")
+    yield mixture_variant("dims", "float32", of="dims")
     yield variant("latent, a row a program", (512, 2048), "float32")
     yield variant("latent, D of 20", (408 * 10, 20), "float32")
     yield variant("latent, D of 4097", (16, 4097), "float32")
@@ -74,6 +92,8 @@ def every() -> Iterator[Variant]:
         for param in ("logvar", "logstd", "std", "softplus"):
             for prior in (None, "tensors"):
                 yield variant(f"{param}{', prior' if prior else ''}", (1024, 256), dtype, param=param, prior=prior)
+        yield mixture_variant("weights of each point", dtype, item_weights=True, clamp=(-5.0, 5.0))
+        yield mixture_variant("softplus", dtype, param="softplus", min_std=0.01)
     for dtype in ("float32", "bfloat16", "float16"):
         seeds = torch.arange(1024)
         yield variant("numbers as prior", (1024, 256), dtype, prior=(0.5, -1.0))

@@ -12,7 +12,7 @@ from torch.nn.functional import binary_cross_entropy
 import reparam_kernels as rk
 from examples.vae.data import load
 
-FAMILIES = ("plain", "distributions", "hierarchical", "packed", "recurrent")
+FAMILIES = ("plain", "distributions", "hierarchical", "packed", "recurrent", "total_correlation")
 WAYS = [(family, way) for family in FAMILIES for way in ("before", "after")] + [("packed", "adapter")]
 
 

@@ -56,9 +56,12 @@ class Op(Generic[A]):
     formula: arguments -> outputs in plain torch, differentiable to any order; None for an output not asked for.
     gradient_formula: arguments, output gradients -> the outputs from which autograd computes the gradients to the
         inputs. Where an output gradient is 0 and a slope is not finite, it holds the inputs constant. Default: formula.
-    shapes: arguments -> a Shape for each output, None for one not asked for.
+    saved: the names of what forward computes for backward alone: the last tensors among the arguments, None in a
+        forward call.
+    shapes: arguments -> a Shape for each output and each saved tensor, None for one not asked for.
     package: holds cpu.py and triton.py, each with forward(arguments) -> outputs and backward(arguments, output
-        gradients, wanted) -> input gradients, contiguous.
+        gradients, wanted) -> input gradients, contiguous. An op with saved tensors also has
+        forward_saving(arguments) -> outputs, saved.
     expands: the inputs that may be smaller than their gradients from the kernels, which are then summed.
     with_noise: arguments -> arguments whose random numbers are tensors, the same numbers as the kernels would use.
     """
@@ -70,6 +73,7 @@ class Op(Generic[A]):
         *,
         inputs: tuple[str, ...],
         outputs: tuple[str, ...],
+        saved: tuple[str, ...] = (),
         formula: Callable[[A], Outputs],
         shapes: Callable[[A], tuple[Shape | None, ...]],
         package: str,
@@ -84,12 +88,13 @@ class Op(Generic[A]):
         *tensors, options = hints
         self._expands = [inputs.index(name) for name in expands]
         self.n_inputs, self.n_tensors, self.n_outputs = len(inputs), len(tensors), len(outputs)
+        self.n_given = self.n_tensors - len(saved)
         self.options: Any = hints[options]
         self._option_types = get_type_hints(self.options)
         self._sizes = [name for name, kind in self._option_types.items() if kind == SIZES]
         self._read_options = lru_cache(maxsize=1024)(self._parse_options)
         self._apply, self._apply_formula = kernels_function(self), formula_function(self)
-        self._register({n: hints[n] for n in tensors} | get_type_hints(self.options), inputs, outputs)
+        self._register({n: hints[n] for n in tensors} | get_type_hints(self.options), inputs, outputs, saved)
 
     # The ways to run. execute.py chooses between them and the formula.
 
@@ -104,7 +109,8 @@ class Op(Generic[A]):
     def registered(self, arguments: A) -> Outputs:
         """Run the registered op."""
         outputs = as_tuple(self._forward_op(*self.flatten(arguments)))
-        return tuple(None if shape is None else t for t, shape in zip(outputs, self.shapes(arguments), strict=True))
+        asked = zip(outputs, self.shapes(arguments), range(self.n_outputs), strict=False)
+        return tuple(None if shape is None else t for t, shape, _ in asked)
 
     def by_formula(self, arguments: A) -> Outputs:
         """Run the formula with the kernels' noise as a constant. This is correct under any nesting of transforms."""
@@ -118,6 +124,13 @@ class Op(Generic[A]):
         if self.gradient_formula is None or not plain or not learns:
             return self.formula(arguments)
         return self._apply_formula(arguments, *inputs)  # type: ignore[no-any-return]
+
+    def forward_saving(self, arguments: A) -> tuple[Outputs, Outputs]:
+        """Run the kernels; return the outputs and the saved tensors."""
+        kernels = self.kernels(arguments[0].device)
+        if self.n_given == self.n_tensors:
+            return kernels.forward(arguments), ()
+        return kernels.forward_saving(arguments)  # type: ignore[no-any-return]
 
     # Gradients.
 
@@ -195,12 +208,14 @@ class Op(Generic[A]):
         options, wanted = json.loads(text)
         return self._make_options(options), tuple(wanted)
 
-    def _register(self, fields: dict[str, Any], inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+    def _register(
+        self, fields: dict[str, Any], inputs: tuple[str, ...], outputs: tuple[str, ...], saved: tuple[str, ...]
+    ) -> None:
         flat = [f"{SCHEMA_TYPES[kind]} {field}" for field, kind in fields.items()]
         launch = [*flat[: self.n_tensors], "str options", *(f"{SCHEMA_TYPES[SIZES]} {name}" for name in self._sizes)]
         grads = [f"Tensor? d{output}" for output in outputs]
         forward, backward = ForwardRules(self), BackwardRules(self)
-        self._forward_op = define(self.name, flat, outputs, launch, forward)
+        self._forward_op = define(self.name, flat, outputs + saved, launch, forward)
         last = [*grads, "bool[] wanted"]
         self._backward_op = define(f"{self.name}_backward", [*flat, *last], inputs, [*launch, *grads], backward)
 
@@ -251,22 +266,25 @@ class ForwardRules:
 
     def run(self, *values: Any) -> list[Tensor]:
         arguments, _ = self.op.from_launch(plain_tensors(values))
-        outputs = self.op.kernels(arguments[0].device).forward(arguments)
-        return [t for t in outputs if t is not None]
+        outputs, saved = self.op.forward_saving(arguments)
+        return [t for t in (*outputs, *saved) if t is not None]
 
     def fake(self, *values: Any) -> list[Tensor]:
         shapes = self.op.shapes(self.op.from_launch(values)[0])
         return [values[0].new_empty(s.sizes, dtype=s.dtype) for s in shapes if s is not None]
 
     def save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        ctx.save_for_backward(*inputs[: self.op.n_tensors])
+        ctx.save_for_backward(*inputs[: self.op.n_given], *as_tuple(output)[self.op.n_outputs :])
         ctx.options = inputs[self.op.n_tensors :]
         ctx.set_materialize_grads(False)
 
     def gradient(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         op, wanted = self.op, ctx.needs_input_grad[: self.op.n_inputs]
-        arguments = op.unflatten((*ctx.saved_tensors, *ctx.options))
-        asked = tuple(None if s is None else g for g, s in zip(grads, op.shapes(arguments), strict=True))
+        tensors = ctx.saved_tensors
+        shapes = op.shapes(op.unflatten((*tensors, *ctx.options)))
+        saved = [None if s is None else t for t, s in zip(tensors[op.n_given :], shapes[op.n_outputs :], strict=True)]
+        arguments = op.unflatten((*tensors[: op.n_given], *saved, *ctx.options))
+        asked = tuple(None if s is None else g for g, s, _ in zip(grads, shapes, range(op.n_outputs), strict=False))
         input_grads = op.registered_gradients(arguments, asked, wanted)
         return *input_grads, *[None] * (len(ctx.needs_input_grad) - len(input_grads))
 
@@ -338,26 +356,28 @@ def kernels_function(op: Op[Any]) -> Callable[..., Any]:
             return op.differentiable_gradients(op.with_noise(arguments), grads, wanted)
         return op.gradients(arguments, grads, wanted)
 
-    return autograd_function(op, lambda arguments: op.kernels(arguments[0].device).forward(arguments), gradients)
+    return autograd_function(op, op.forward_saving, gradients)
 
 
 def formula_function(op: Op[Any]) -> Callable[..., Any]:
     """Return the apply that runs the formula in place of the kernels."""
-    return autograd_function(op, op.formula, op.differentiable_gradients)
+    nothing = (None,) * (op.n_tensors - op.n_given)
+    return autograd_function(op, lambda arguments: (op.formula(arguments), nothing), op.differentiable_gradients)
 
 
 def autograd_function(
     op: Op[Any],
-    run: Callable[[Any], Outputs],
+    run: Callable[[Any], tuple[Outputs, Outputs]],
     gradients: Callable[[Any, Outputs, Sequence[bool]], Outputs],
 ) -> Callable[..., Any]:
-    """Make an autograd.Function, and return its apply. It saves the arguments and nothing else."""
+    """Make an autograd.Function, and return its apply. It saves the arguments, and what `run` returns besides."""
 
     def forward(ctx: Any, arguments: Any, *inputs: Tensor | None) -> Outputs:
-        ctx.save_for_backward(*arguments[:-1])
+        outputs, saved = run(arguments)
+        ctx.save_for_backward(*arguments[: op.n_given], *saved)
         ctx.options = arguments[-1]
         ctx.set_materialize_grads(False)
-        return run(arguments)
+        return outputs
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         arguments = op.arguments._make((*ctx.saved_tensors, ctx.options))

@@ -192,7 +192,7 @@ def _make_config(compiling: bool, where: str, ndim: int, z: bool, kl: bool, samp
         event_ndim = _as_event_ndim(where, event_ndim)
     plain_clamp = clamp is None or (type(clamp) is tuple and [*map(type, clamp)] == [float, float])
     if type(param) is not str or type(min_std) is not float or not plain_clamp:
-        min_std, clamp = _check_scale(where, param, min_std, clamp)
+        min_std, clamp = check_scale(where, param, min_std, clamp)
     given = isinstance(sample_shape, tuple) and sample_shape != ()
     symbolic = given and any(type(n) is torch.SymInt for n in sample_shape)
     make = _check_config if compiling or symbolic else _cached_config  # torch.compile warns about a cache
@@ -212,7 +212,7 @@ def _check_config(
     packed: int | None,
     density: Density | None,
 ) -> Config:
-    min_std, clamp = _check_scale(where, param, min_std, clamp)
+    min_std, clamp = check_scale(where, param, min_std, clamp)
     event_ndim = _check_event_ndim(where, event_ndim, ndim) if kl or density is not None else 0
     config = Config(z, kl, sample_shape, event_ndim, param, min_std, clamp, packed)
     return config if density is None else _with_density(where, config, density)
@@ -258,10 +258,10 @@ def check_options(where: str, event_ndim: Any, param: Any, min_std: Any, clamp: 
     """Check what does not depend on a tensor, for a module that keeps the options."""
     if event_ndim is not None:
         _as_event_ndim(where, event_ndim)
-    _check_scale(where, param, min_std, clamp)
+    check_scale(where, param, min_std, clamp)
 
 
-def _check_scale(where: str, param: Any, min_std: Any, clamp: Any) -> tuple[float, tuple[float, float] | None]:
+def check_scale(where: str, param: Any, min_std: Any, clamp: Any) -> tuple[float, tuple[float, float] | None]:
     """Check how the second argument is read; return min_std and clamp as the kernels take them."""
     if not isinstance(param, str) or param not in PARAMS:
         raise ValueError(
