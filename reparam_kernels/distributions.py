@@ -8,9 +8,9 @@ from torch import Tensor, distributions
 
 from .core import checks, torch_modes
 from .core.dtypes import FLOATS
-from .ops.latent import kl_divergence, reparameterize
+from .ops.latent import kl_divergence, reparameterize, reparameterize_log_prob
 
-__all__ = ["Normal"]
+__all__ = ["Normal", "TanhNormal"]
 
 
 class Normal(distributions.Normal):
@@ -70,11 +70,12 @@ class Normal(distributions.Normal):
         with torch.no_grad():
             return self._draw(sample_shape).to(self.loc.dtype)
 
+    def rsample_and_log_prob(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
+        """Compute (z, log_prob(z)) of a draw with gradients, in one pass; log_prob is float32 for the half dtypes."""
+        return draw_and_log_prob(self, sample_shape, None)
+
     def _draw(self, sample_shape: Any) -> Tensor:
-        loc, scale = self.loc, self.scale
-        if loc.dtype != scale.dtype or loc.device != scale.device:
-            checks.floating("Normal.rsample", "loc", loc)
-            loc, scale = to_common(arithmetic_dtype(loc, scale), loc, scale)
+        loc, scale = common_parameters(self)
         return reparameterize(loc, scale, sample_shape=torch.Size(sample_shape), param="std")
 
     def _looks_valid(self, loc: Tensor | float, scale: Tensor | float) -> bool:
@@ -97,6 +98,67 @@ class Normal(distributions.Normal):
         if isinstance(min_loc, Tensor) and isinstance(min_scale, Tensor):
             min_loc, min_scale = torch.stack((min_loc, min_scale)).tolist()  # one read for both
         return bool(min_loc == min_loc and min_scale > 0)
+
+
+class TanhNormal(distributions.TransformedDistribution):
+    """The distribution of tanh(u), u ~ Normal(loc, scale), as in the policies of soft actor-critic.
+
+        z = tanh(u),  log_prob(z) = log N(u; loc, scale^2) - log(1 - z^2)
+
+    It is torch's TransformedDistribution of Normal. rsample_and_log_prob computes the density from u, not from z: it is
+    exact where z is saturated, and log_prob(z) is not.
+
+    Args:
+        loc, scale, validate_args: as for Normal.
+
+    Raises:
+        ValueError, TypeError: as Normal.
+
+    Source:
+        Haarnoja et al., "Soft Actor-Critic", 2018, appendix C.
+
+    Example:
+        >>> import torch
+        >>> from reparam_kernels.distributions import TanhNormal
+        >>> policy = TanhNormal(torch.zeros(5, 3), torch.ones(5, 3))
+        >>> action, log_prob = policy.rsample_and_log_prob()
+        >>> log_prob.shape, torch.allclose(log_prob, policy.log_prob(action), atol=1e-4)
+        (torch.Size([5, 3]), True)
+    """
+
+    base_dist: Normal
+
+    def __init__(self, loc: Tensor | float, scale: Tensor | float, validate_args: bool | None = None) -> None:
+        base = Normal(loc, scale, validate_args)
+        super().__init__(base, distributions.TanhTransform(cache_size=1), validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        instance = self._get_checked_instance(TanhNormal, _instance)  # type: ignore[no-untyped-call]
+        return super().expand(batch_shape, instance)  # type: ignore[no-untyped-call]
+
+    def rsample_and_log_prob(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
+        """Compute (z, log_prob(z)) of a draw with gradients, in one pass; log_prob is float32 for the half dtypes."""
+        return draw_and_log_prob(self.base_dist, sample_shape, "tanh")
+
+    @property
+    def mode(self) -> Tensor:
+        """tanh(loc), the usual action in evaluation. The density itself may be largest elsewhere."""
+        return torch.tanh(self.base_dist.loc)
+
+
+def draw_and_log_prob(normal: distributions.Normal, sample_shape: Any, squash: str | None) -> tuple[Tensor, Tensor]:
+    loc, scale = common_parameters(normal)
+    shape = torch.Size(sample_shape)
+    return reparameterize_log_prob(loc, scale, sample_shape=shape, param="std", event_ndim=0, squash=squash)
+
+
+def common_parameters(normal: distributions.Normal) -> tuple[Tensor, Tensor]:
+    """Return loc and scale in one dtype and on one device."""
+    loc, scale = normal.loc, normal.scale
+    if loc.dtype != scale.dtype or loc.device != scale.device:
+        checks.floating("Normal.rsample", "loc", loc)
+        loc, scale = to_common(arithmetic_dtype(loc, scale), loc, scale)
+    return loc, scale
 
 
 def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:

@@ -18,9 +18,11 @@ __all__ = [
     "capacity",
     "capacity_loss",
     "cyclical_beta",
+    "dreg",
     "free_bits_after_mean",
     "free_bits_per_dimension",
     "free_bits_per_sample",
+    "iwae",
     "linear_beta",
     "masked_mean",
     "minibatch_log_weights",
@@ -310,6 +312,86 @@ def masked_mean(kl: Tensor, mask: Tensor) -> Tensor:
     masked = mask == 0
     total = (torch.where(masked, 0.0, kl) * mask).sum()
     return total / torch.where(masked.all(), 1, mask.sum())
+
+
+def iwae(log_w: Tensor) -> Tensor:
+    """Compute the loss of an importance-weighted autoencoder: minus the bound, averaged over the batch.
+
+        loss = -mean_b log (1 / K sum_k exp(log_w[k, b])),  log_w = log p(x, z) - log q(z)
+
+    Args:
+        log_w: (K, B, ...), the log-weight of each sample. With log q(z) from rk.reparameterize_log_prob and
+            path_derivative=True its gradient is that of "sticking the landing", which for K > 1 is biased: see dreg.
+
+    Returns:
+        A scalar. With K = 1 it is minus the evidence lower bound.
+
+    Raises:
+        ValueError: if log_w has no dim of samples.
+
+    Source:
+        Burda, Grosse, Salakhutdinov, "Importance Weighted Autoencoders", 2016.
+
+    Example:
+        >>> import torch, reparam_kernels as rk
+        >>> rk.losses.iwae(torch.tensor([[1.0, 2.0], [1.0, 2.0]]))
+        tensor(-1.5000)
+    """
+    check_samples("iwae", log_w)
+    return -(torch.logsumexp(log_w, 0) - math.log(log_w.shape[0])).mean()
+
+
+def dreg(log_w: Tensor, z: Tensor, log_q: Tensor) -> Tensor:
+    """Compute the IWAE loss with the doubly reparameterised gradient for the encoder.
+
+        loss = iwae(log_w),  d loss / d encoder = -mean_b sum_k w[k, b]^2 d log_w[k, b] / dz dz / d encoder,
+        w = softmax_k(log_w)
+
+    The decoder keeps the gradient of iwae. The encoder's has less variance and no bias. A hook on z alone, as it is
+    often written, leaves out what reaches the encoder by way of log_q; here both have one.
+
+    Args:
+        log_w: (K, B, ...), log p(x, z) - log_q.
+        z, log_q: from rk.reparameterize_log_prob with sample_shape=(K,) and path_derivative=True, and log_w computed
+            from them.
+
+    Returns:
+        A scalar, whose value is that of iwae. Call backward once: it puts hooks on z and log_q.
+
+    Raises:
+        ValueError: if log_w has no dim of samples, or log_q another shape.
+
+    Source:
+        Tucker, Lawson, Gu, Maddison, "Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives", 2019.
+
+    Example:
+        >>> import torch, reparam_kernels as rk
+        >>> mu, logvar = torch.zeros(4, 2, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
+        >>> z, log_q = rk.reparameterize_log_prob(mu, logvar, sample_shape=(3,), path_derivative=True)
+        >>> log_p = -(z**2).sum(-1)
+        >>> rk.losses.dreg(log_p - log_q, z, log_q).backward()
+        >>> mu.grad.shape
+        torch.Size([4, 2])
+    """
+    check_samples("dreg", log_w)
+    if log_q.shape != log_w.shape or z.shape[: log_w.dim()] != log_w.shape:
+        raise ValueError(
+            f"dreg: log_q must have the shape of log_w, {tuple(log_w.shape)}, with which that of z begins; got log_q "
+            f"{tuple(log_q.shape)}, z {tuple(z.shape)}. Pass what rk.reparameterize_log_prob returns."
+        )
+    w = log_w.detach().softmax(0)
+    for t, factor in ((z, w.reshape(*w.shape, *[1] * (z.dim() - w.dim()))), (log_q, w)):
+        if t.requires_grad:
+            t.register_hook(lambda grad, factor=factor: (grad * factor).to(grad.dtype))  # type: ignore[no-untyped-call]
+    return iwae(log_w)
+
+
+def check_samples(where: str, log_w: Tensor) -> None:
+    if log_w.dim() < 1 or log_w.shape[0] < 1:
+        raise ValueError(
+            f"{where}: log_w must have the samples in its first dim; got shape {tuple(log_w.shape)}. "
+            "Draw with sample_shape=(K,)."
+        )
 
 
 def total_correlation(
