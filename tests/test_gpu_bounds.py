@@ -179,6 +179,18 @@ def test_rows_that_lie_more_than_2_to_the_31_apart(watched):
     assert torch.equal(kl, same[1])
 
 
+def test_packed_gradients_beside_a_gradient_of_z_that_lies_apart(watched):
+    """The runs of the two differ, and only the gradient of z can be copied to rows that both have."""
+    moments = (torch.arange(2 * 3 * 8 * 5.0).view(2, 3, 8, 5) / 240).requires_grad_()
+    dz = (torch.arange(2 * 6 * 4 * 5.0).view(2, 6, 4, 5) / 240)[:, :3]
+    z, kl = rk.DiagonalGaussian.from_moments(moments, 2, event_ndim=1).rsample_kl(seed=3)
+    (got,) = torch.autograd.grad((z, kl), moments, (dz, torch.ones_like(kl)))
+    mu, logvar = moments.detach().double().chunk(2, 2)
+    sigma = (logvar / 2).exp()
+    dx = dz * (z.detach() - mu) / 2 + (sigma**2 - 1) / 2
+    torch.testing.assert_close(got.double(), torch.cat([dz + mu, dx], 2), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("rows", "width"), [(65537, 3), (65536, 20), (5, 65536), (3, 65537)])
 def test_many_rows_and_huge_rows(watched, rows, width):

@@ -120,11 +120,12 @@ def backward_kernel(
     # dmu and dsigma: the sums over the samples of dz and of dz * eps. They start at -0, which changes no bit of a sum.
     dmu = tl.full(latent.mu.shape, -0.0, latent.mu.dtype)
     dsigma = dmu
+    dz_strides, grad_strides = strides.dz, strides.grad  # triton 3.6 loses constants of nested records at a loop
     if dz_ptr is not None:
         for i in range(shape.samples):
             sample = tile.first_col * 0 + i  # 64-bit
             sample_ptr = sample_pointer(dz_ptr, sample, dz_sample_stride, TILING)
-            dz = load(pointers(sample_ptr, strides.dz, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
+            dz = load(pointers(sample_ptr, dz_strides, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
             eps = noise(seed_ptr, eps_ptr, sample, tile, shape, OPTIONS.FLOAT64, TILING)
             if eps_ptr is not None:
                 eps = slope_at(dz, eps)
@@ -155,9 +156,9 @@ def backward_kernel(
     if OPTIONS.CLAMP:
         dx = tl.where(in_bounds(latent.raw_x, OPTIONS), dx, 0.0)
     if dmu_ptr is not None:
-        store(pointers(dmu_ptr, strides.grad, tile, shape, TILING), dmu, tile.mask)
+        store(pointers(dmu_ptr, grad_strides, tile, shape, TILING), dmu, tile.mask)
     if dx_ptr is not None:
-        store(pointers(dx_ptr, strides.grad, tile, shape, TILING), dx, tile.mask)
+        store(pointers(dx_ptr, grad_strides, tile, shape, TILING), dx, tile.mask)
 
 
 @triton.jit(do_not_specialize=["parts"])
