@@ -402,7 +402,7 @@ def total_correlation(
         mi = log q(z|x) - log q(z),  tc = log q(z) - sum_d log q(z_d),  dwkl = sum_d log q(z_d) - log p(z)
 
     Args:
-        log_qzx: the log-density of each point under its own posterior, for example DiagonalGaussian.log_prob, summed.
+        log_qzx: the log-density of each point under its own posterior, as of DiagonalGaussian.log_prob.
         log_qz, log_qz_dims: joint and dims of rk.mixture_log_prob(z, mu, logvar, of="both") over the posteriors.
         log_pz: the log-density of each point under the prior; of the shape of log_qzx, as log_qz.
 

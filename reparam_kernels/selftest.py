@@ -182,6 +182,22 @@ def gradients(device: torch.device) -> Iterator[str]:
                 yield from near(f"{name}, {param}, {dtype}", g, w, tolerance * max(1.0, w.abs().max().item()))
 
 
+def mixture(device: torch.device) -> Iterator[str]:
+    """The log-density under a mixture and its gradients agree with plain torch in float64."""
+    points, components, dims = (300, 200, 40) if quick(device) else (20, 35, 3)
+    mu, x = inputs((components, dims))
+    leaves = [t.to(device).requires_grad_() for t in (inputs((points, dims), seed=1)[0], mu, 0.5 * x, 0.1 * mu[:, 0])]
+    exact = [t.detach().cpu().double().requires_grad_() for t in leaves]
+    got = rk.mixture_log_prob(*leaves[:3], log_weights=leaves[3], of="both")
+    want = rk.reference.mixture_log_prob(*exact[:3], log_weights=exact[3], of="both")
+    for name, g, w in zip(("joint", "dims"), got, want, strict=True):
+        yield from near(name, g, w, 1e-5)
+    grads = torch.autograd.grad([t.sum() for t in got], leaves)
+    true_grads = torch.autograd.grad([t.sum() for t in want], exact)
+    for name, g, w in zip(("dz", "dmu", "dx", "dlog_weights"), grads, true_grads, strict=True):
+        yield from near(name, g, w, 1e-4 * max(1.0, w.abs().max().item()))
+
+
 def repeats(device: torch.device) -> Iterator[str]:
     """Every run gives the same bits, gradients and sums included."""
     mu, x = (t.to(device).requires_grad_() for t in inputs((64, 5000) if quick(device) else (8, 2100)))
@@ -301,7 +317,7 @@ def launches(device: torch.device) -> Iterator[str]:
 
 
 CHECKS: list[Callable[[torch.device], Iterator[str]]] = [
-    words, roots, eps, z, gradients, repeats, large, graph, streams, second_device, launches,
+    words, roots, eps, z, gradients, mixture, repeats, large, graph, streams, second_device, launches,
 ]  # fmt: skip
 
 

@@ -278,7 +278,48 @@ py::object options_of(Bytes& in) {
   }
 }
 
+// A call of the mixture op: batch and event dims of z, components of mu and x, and weights that fit either.
+void mixture_call(Bytes& in) {
+  const int codes[] = {2, 4, 2, 2}, widths[] = {16, 16, 32, 64}, dtype = in.below(4), sums = dtype == 3 ? 3 : 2;
+  const int64_t sizes[] = {1, 2, 3, 5, 17, 0, 33, 129};
+  Shape batch, event, z, mu{1 + in.below(40)};
+  for (int i = in.below(3); i > 0; --i) batch.push_back(sizes[in.below(batch.empty() ? 8 : 4)]);
+  for (int i = in.below(3); i > 0; --i) event.push_back(sizes[in.below(event.empty() ? 6 : 3)]);
+  z = batch, z.insert(z.end(), event.begin(), event.end()), mu.insert(mu.end(), event.begin(), event.end());
+  Shape by_item = batch, joint_sums{2}, dims_sums{2};
+  by_item.push_back(mu[0]);
+  joint_sums.insert(joint_sums.end(), batch.begin(), batch.end());
+  dims_sums.insert(dims_sums.end(), z.begin(), z.end());
+  Call c{in};
+  const auto add = [&](bool wanted, const Shape& of, int type, Layout layout, bool output = false) {
+    if (wanted)
+      c.tensor(of, codes[type], widths[type], layout, output);
+    else
+      c.none();
+  };
+  const auto layout = [&] { return (Layout)in.below(3); };
+  const bool weighted = in.flip(), joint = in.flip(), dims = !joint || in.flip(), forward = in.flip();
+  const int weights_dtype = in.flip() ? sums : dtype;
+  const Shape weights = in.flip() ? by_item : Shape{mu[0]};
+  add(true, z, dtype, layout()), add(true, mu, dtype, layout()), add(true, mu, dtype, layout());
+  add(weighted, weights, weights_dtype, layout());
+  if (forward) {
+    const bool saving = in.flip();
+    add(joint, batch, sums, Layout::whole, true), add(dims, z, sums, Layout::whole, true);
+    add(joint && saving, joint_sums, sums, Layout::whole, true);
+    add(dims && saving, dims_sums, sums, Layout::whole, true);
+    return c.finish("mixture_forward", options_of(in));
+  }
+  add(joint, batch, sums, layout()), add(dims, z, sums, layout());
+  add(joint, joint_sums, sums, Layout::whole), add(dims, dims_sums, sums, Layout::whole);
+  add(in.flip(), z, dtype, Layout::whole, true);
+  for (int i = 0; i < 2; ++i) add(in.flip(), mu, dtype, Layout::whole, true);
+  add(weighted && in.flip(), weights, sums, Layout::whole, true);
+  c.finish("mixture_backward", options_of(in));
+}
+
 void call(Bytes& in) {
+  if (in.below(4) == 3) return mixture_call(in);
   const int op = in.below(3);
   const int codes[] = {2, 4, 2, 2}, widths[] = {16, 16, 32, 64}, dtype = in.below(4), sums = dtype == 3 ? 3 : 2;
   const int64_t sizes[] = {1, 2, 3, 5, 8, 0, 17, 64, 255, 1024, 1031, 2065};
