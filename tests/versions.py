@@ -49,7 +49,7 @@ def run_suite(python, folder, options):
     subprocess.run([python, "-m", "pytest", f"--junitxml={report}", *options], cwd=ROOT)
     suite = ElementTree.parse(report).getroot().find("testsuite")
     failures = {
-        f"{case.get('classname')}.{case.get('name')}": problem.get("message", "").splitlines()[0][:200]
+        f"{case.get('classname')}.{case.get('name')}": (problem.get("message") or "no message").splitlines()[0][:200]
         for case in suite.iter("testcase")
         for problem in (*case.findall("failure"), *case.findall("error"))
     }
@@ -112,7 +112,7 @@ def main():
     folder = ROOT / "out" / f"torch-{args.torch}"
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        venv.create(folder, with_pip=True)
+        venv.create(folder, with_pip=True, symlinks=os.name != "nt")
         python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
         measured = commit()
         wheels = install(python, folder)
