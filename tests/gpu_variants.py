@@ -49,6 +49,21 @@ def latent(shape, dtype, kl_only=False, packed=False, prior=None, **options):
     return torch.autograd.grad(out, leaves, [torch.zeros(t.shape, dtype=t.dtype) for t in out])
 
 
+def density(shape, dtype, prior=False, **options):
+    """Make a call of a sample with its log-density, or with the ratio of that to a prior's, forward and backward."""
+    leaf = partial(torch.zeros, shape, dtype=DTYPES[dtype], requires_grad=True)
+    leaves = [leaf() for _ in range(4 if prior else 2)]
+    if prior:
+        out = rk.reparameterize_mc_kl(*leaves[:2], prior=tuple(leaves[2:]), seed=1, **options)
+    else:
+        out = rk.reparameterize_log_prob(*leaves, seed=1, **options)
+    return torch.autograd.grad(out, leaves, [torch.zeros_like(t) for t in out])
+
+
+def density_variant(name, dtype, **options) -> Variant:
+    return Variant(f"log-density, {name} {dtype}", 4096 * 128, partial(density, (4096, 128), dtype, **options))
+
+
 def mixture(dtype, of="both", items=256, components=512, cols=64, item_weights=False, **options):
     """Make a call of the mixture op, forward and backward."""
     leaf = partial(torch.zeros, dtype=DTYPES[dtype], requires_grad=True)
@@ -78,6 +93,9 @@ def main() -> Iterator[Variant]:
         yield variant("latent", (4096, 128), dtype)
         yield variant("latent, prior", (4096, 128), dtype, prior="tensors")
         yield variant("kl alone", (4096, 128), dtype, kl_only=True)
+    yield density_variant("plain", "float32")
+    yield density_variant("tanh", "float32", squash="tanh")
+    yield density_variant("Monte Carlo KL", "float32", prior=True)
     yield mixture_variant("both", "float32")
     yield mixture_variant("joint", "float32", of="joint")
     yield mixture_variant("dims", "float32", of="dims")
@@ -92,6 +110,9 @@ def every() -> Iterator[Variant]:
         for param in ("logvar", "logstd", "std", "softplus"):
             for prior in (None, "tensors"):
                 yield variant(f"{param}{', prior' if prior else ''}", (1024, 256), dtype, param=param, prior=prior)
+        for param in ("logstd", "std", "softplus"):
+            yield density_variant(param, dtype, param=param)
+            yield density_variant(f"{param}, Monte Carlo KL", dtype, param=param, prior=True, path_derivative=True)
         yield mixture_variant("weights of each point", dtype, item_weights=True, clamp=(-5.0, 5.0))
         yield mixture_variant("softplus", dtype, param="softplus", min_std=0.01)
     for dtype in ("float32", "bfloat16", "float16"):

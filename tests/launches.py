@@ -23,7 +23,7 @@ from reparam_kernels.ops.latent import triton as latent
 from reparam_kernels.ops.noise import triton as noise
 
 LAUNCHERS = (latent, noise)
-OUTPUTS = {"out_ptr", "z_ptr", "kl_ptr", "dmu_ptr", "dx_ptr", "dmu_p_ptr", "dx_p_ptr"}
+OUTPUTS = {"out_ptr", "z_ptr", "kl_ptr", "log_q_ptr", "dmu_ptr", "dx_ptr", "dmu_p_ptr", "dx_p_ptr"}
 
 
 class Launch(NamedTuple):
