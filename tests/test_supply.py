@@ -112,7 +112,9 @@ def test_the_wheel_says_what_pyproject_says(built):
     metadata = Metadata.from_email(files[f"{built.name}.dist-info/METADATA"])
     wanted = {str(Requirement(r)) for r in project["dependencies"]}
     for extra, requirements in project["optional-dependencies"].items():
-        wanted |= {str(Requirement(f'{r}; extra == "{extra}"')) for r in requirements}
+        for r in map(Requirement, requirements):
+            join = " and" if r.marker else ";"
+            wanted.add(str(Requirement(f'{r}{join} extra == "{extra}"')))
     assert {str(r) for r in metadata.requires_dist} == wanted
     assert metadata.requires_python == project["requires-python"]
     assert metadata.version == Version(rk.__version__)
