@@ -161,7 +161,7 @@ class Call:
             out_z, out_kl = unwritten(samples + shape, dtype) if z else None, unwritten(rows, sums) if kl else None
             each = 0.5 * (s / s_p) ** 2 + 0.5 * delta**2 - 0.5 - np.log(s / s_p)
             total = each.reshape(*rows, -1).sum(-1) if each.size else np.zeros(rows)
-            self.tensors = [mu, x, mu_p, x_p, seed, eps, out_z, out_kl]
+            self.tensors = [mu, x, mu_p, x_p, seed, eps, out_z, out_kl, None]
             self.wanted = [(out_z, m + s * e, 1), (out_kl, total, math.prod(shape[len(rows) :]))]
         else:
             lead = tuple(range(len(samples)))
@@ -177,7 +177,7 @@ class Call:
             d_x = (d_s + k * (s / s_p**2 - 1 / s)) * slope * inside
             d_p = k * (1 - (s / s_p) ** 2 - delta**2) / s_p * slope_p
             values = [g + k * delta / s_p, d_x, -k * delta / s_p, d_p]
-            self.tensors = [mu, x, mu_p, x_p, seed, eps, dz, dkl, *outs]
+            self.tensors = [mu, x, mu_p, x_p, seed, eps, dz, dkl, None, *outs]
             scale = 8 * max(1, math.prod(samples))
             self.wanted = [(out, value, scale) for out, value in zip(outs, values, strict=True)]
         self.wanted = [w for w in self.wanted if w[0] is not None]

@@ -325,14 +325,14 @@ def op_arguments(requires_grad, **options):
 def test_opcheck(requires_grad, options):
     args = op_arguments(requires_grad, **options)
     torch.library.opcheck(torch.ops.reparam_kernels.latent.default, args)
-    z, kl = torch.ops.reparam_kernels.latent(*args)
+    z, kl, _ = torch.ops.reparam_kernels.latent(*args)
     dz, dkl = (torch.ones_like(t).requires_grad_(requires_grad) for t in (z, kl))
     wanted = [t is not None for t in args[:4]]
-    torch.library.opcheck(torch.ops.reparam_kernels.latent_backward.default, (*args, dz, dkl, wanted))
+    torch.library.opcheck(torch.ops.reparam_kernels.latent_backward.default, (*args, dz, dkl, None, wanted))
     torch.library.opcheck(torch.ops.reparam_kernels.noise.default, (torch.arange(3), [2, 6, 5], 2))
     if not requires_grad:  # launches have no autograd
         torch.library.opcheck(torch.ops.reparam_kernels.latent_launch.default, LATENT.to_launch(args))
-        launch = (*LATENT.to_launch(args, wanted), dz, dkl)
+        launch = (*LATENT.to_launch(args, wanted), dz, dkl, None)
         torch.library.opcheck(torch.ops.reparam_kernels.latent_backward_launch.default, launch)
 
 
@@ -342,7 +342,7 @@ def test_the_backward_op_has_a_gradient_of_its_own():
 
     def f(mu, x):
         call = make_arguments("test", mu, x, z=True, kl=True, seed=7, prior=(x, 0.5))
-        z, kl = LATENT.registered(call)
+        z, kl, _ = LATENT.registered(call)
         return z.square().sum(-1) + kl
 
     assert torch.autograd.gradcheck(f, (mu, x))
@@ -355,15 +355,15 @@ def test_the_backward_op_has_a_gradient_of_its_own():
 def test_vmap_of_the_ops():
     mu, x = inputs(3, 2, 4, requires_grad=False)
     call = make_arguments("test", mu[0], x[0], z=True, kl=True, seed=7)
-    rest = LATENT.flatten(call)[2:]
-    z, kl = torch.vmap(lambda m, v: torch.ops.reparam_kernels.latent(m, v, *rest))(mu, x)
+    rest, wanted = LATENT.flatten(call)[2:], [True, True, False, False]
+    z, kl, _ = torch.vmap(lambda m, v: torch.ops.reparam_kernels.latent(m, v, *rest))(mu, x)
     dmu, dx, _, _ = torch.vmap(
-        lambda m, v, g: torch.ops.reparam_kernels.latent_backward(m, v, *rest, g, None, [True, True, False, False])
+        lambda m, v, g: torch.ops.reparam_kernels.latent_backward(m, v, *rest, g, None, None, wanted)
     )(mu, x, z)
     for i in range(3):
         one = torch.ops.reparam_kernels.latent(mu[i], x[i], *rest)
-        back = torch.ops.reparam_kernels.latent_backward(mu[i], x[i], *rest, z[i], None, [True, True, False, False])
-        for got, want in zip((z[i], kl[i], dmu[i], dx[i]), (*one, *back[:2]), strict=True):
+        back = torch.ops.reparam_kernels.latent_backward(mu[i], x[i], *rest, z[i], None, None, wanted)
+        for got, want in zip((z[i], kl[i], dmu[i], dx[i]), (*one[:2], *back[:2]), strict=True):
             torch.testing.assert_close(got, want)
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reparam_kernels as rk
 from reparam_kernels import selftest
-from reparam_kernels.distributions import Normal
+from reparam_kernels.distributions import Normal, TanhNormal
 from reparam_kernels.integrations import diffusers, ldm
 from reparam_kernels.ops.latent.arguments import make_arguments
 from reparam_kernels.ops.latent.op import LATENT
@@ -64,6 +64,15 @@ CALLS = {
                              rk.losses.free_bits_per_dimension(kl, 0.5), rk.losses.free_bits_per_sample(kl, 0.5),
                              rk.losses.free_bits_after_mean(kl, 0.5), rk.losses.capacity_loss(kl, 2.0, gamma=1.0),
                              rk.losses.masked_mean(kl, torch.ones_like(kl))),
+    "log-density": lambda mu, x: (*rk.reparameterize_log_prob(mu, x, squash="tanh", sample_shape=(2,)),
+                                  *rk.reparameterize_mc_kl(mu, x, prior=(x, 0.5)),
+                                  *rk.DiagonalGaussian(mu, x).rsample_and_log_prob(), rk.randn_like(mu)),
+    "TanhNormal": lambda mu, x: TanhNormal(mu, 1.0, validate_args=False).rsample_and_log_prob((2,)),
+    "bounds": lambda mu, x: ((draw := rk.reparameterize_log_prob(mu, x, sample_shape=(2,))),
+                             rk.losses.iwae(draw[1]), rk.losses.dreg(draw[1], *draw))[1:],
+    "mixture": lambda mu, x: (*rk.mixture_log_prob(mu, mu, x, of="both"),
+                              rk.mixture_log_prob(mu, mu, x, log_weights=rk.losses.minibatch_log_weights(4, 9)),
+                              *rk.losses.total_correlation(mu[:, 0], mu[:, 1], mu, mu[:, 2])),
     "reference": lambda mu, x: (*rk.reference.reparameterize_kl(mu, x, prior=(0.0, 1.0), seed=7),
                                 rk.reference.randn(4, 6, device=mu.device), rk.reference.kl_divergence(mu, x),
                                 rk.reference.reparameterize(mu, x)),
@@ -107,7 +116,7 @@ def test_gradients_are_on_the_device_of_fake_cuda_inputs():
     with FakeTensorMode(allow_non_fake_inputs=True):
         mu, x, mu_p, x_p, dz = (torch.empty(4, 6, device="cuda:0") for _ in range(5))
         call = make_arguments("test", mu, x, z=True, kl=True, seed=7, prior=(mu_p.select(0, 0), x_p))
-        grads = LATENT.registered_gradients(call, (dz, dz.select(1, 0)), [True] * 4)
+        grads = LATENT.registered_gradients(call, (dz, dz.select(1, 0), None), [True] * 4)
         assert [str(g.device) for g in grads] == ["cuda:0"] * 4
 
 

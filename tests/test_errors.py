@@ -180,7 +180,7 @@ CASES = {
         lambda: rk.kl_divergence(MU, X, event_ndim=3),
         ValueError,
         "kl_divergence: event_ndim must lie in [0, 2], the number of dims of mu; got 3. "
-        "Pass how many trailing dims of mu the KL sums over.",
+        "Pass how many trailing dims of mu the sum runs over.",
     ),
     "sample_shape": (
         lambda: rk.reparameterize(MU, X, sample_shape=3),
@@ -363,6 +363,7 @@ def call_forward(**changed):
         "eps": None,
         "z": torch.zeros(4, 3),
         "kl": torch.zeros(4),
+        "log_q": None,
     }
     options = _C.Options(_C.Param.logvar, 0.0, False, 0.0, 0.0)
     _C.latent_forward(options, 1, *{**tensors, **changed}.values())
@@ -418,9 +419,9 @@ def test_binding_refuses_overlapping_gradients_and_those_of_no_prior():
     mu, seed = torch.zeros(4, 3), torch.tensor([1])
     overlap = torch.zeros(3).expand(4, 3)
     with pytest.raises(_C.InvalidArgument, match=r"^dmu$"):
-        _C.latent_backward(options, 1, mu, mu, None, None, seed, None, mu, None, overlap, None, None, None)
+        _C.latent_backward(options, 1, mu, mu, None, None, seed, None, mu, None, None, overlap, None, None, None)
     with pytest.raises(_C.InvalidArgument, match=r"^dmu_p$"):
-        _C.latent_backward(options, 1, mu, mu, None, None, seed, None, mu, None, None, None, mu.clone(), None)
+        _C.latent_backward(options, 1, mu, mu, None, None, seed, None, mu, None, None, None, None, mu.clone(), None)
 
 
 def test_binding_refuses_an_unknown_instruction_set():

@@ -22,7 +22,7 @@ def forward(mu, x, **options):
     """Return the outputs and the launches of a call."""
     call = make_arguments("test", mu, x, z=True, kl=True, seed=options.pop("seed", 3), **options)
     with recording() as launches:
-        z, kl = launcher.forward(call)
+        z, kl, _ = launcher.forward(call)
     return call, z, kl, launches
 
 

@@ -59,15 +59,15 @@ tensors = [
 
 FAMILIES = {
     "forward": """
-plain = [torch.zeros(4, 3), torch.zeros(4, 3), None, None, torch.tensor([1]), None, torch.zeros(4, 3), torch.zeros(4)]
+plain = [torch.zeros(4, 3), torch.zeros(4, 3), None, None, torch.tensor([1]), None, torch.zeros(4, 3), torch.zeros(4), None]
 options = _C.Options(_C.Param.logvar, 0.0, False, 0.0, 0.0)
 each_and_all(lambda args: _C.latent_forward(options, 1, *args), plain, (0, 1, 6))
 """,
     "backward": """
-full = [torch.zeros(4, 3) for _ in range(12)]
-full[4], full[5], full[7] = torch.tensor([1]), None, torch.zeros(4)
+full = [torch.zeros(4, 3) for _ in range(13)]
+full[4], full[5], full[7], full[8] = torch.tensor([1]), None, torch.zeros(4), None
 options = _C.Options(_C.Param.std, 0.0, True, 0.0, 0.0)
-each_and_all(lambda args: _C.latent_backward(options, 1, *args), full, (0, 1, 2, 3, 6, 8, 9, 10, 11))
+each_and_all(lambda args: _C.latent_backward(options, 1, *args), full, (0, 1, 2, 3, 6, 9, 10, 11, 12))
 """,
     "numbers": """
 mu = torch.zeros(4, 3)

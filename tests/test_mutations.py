@@ -13,9 +13,9 @@ from tests import test_distributions, test_drop_in, test_integrations, test_loss
 
 
 def scaled_noise(op, arguments):
-    z, kl = execute(op, arguments)
+    z, *others = execute(op, arguments)
     mu = unpacked(arguments)[0]
-    return None if z is None else mu + 1.5 * (z - mu), kl
+    return None if z is None else mu + 1.5 * (z - mu), *others
 
 
 def no_gradient_to_sigma(op, arguments):
@@ -26,8 +26,8 @@ def no_gradient_to_sigma(op, arguments):
 
 
 def scaled_kl(op, arguments):
-    z, kl = execute(op, arguments)
-    return z, None if kl is None else 1.01 * kl
+    z, kl, log_q = execute(op, arguments)
+    return z, None if kl is None else 1.01 * kl, log_q
 
 
 def sample(cls, noise="philox"):

@@ -45,7 +45,7 @@ def op_calls(draw):
     if draw(st.booleans()):
         return OPS.latent.default, args
     wanted = [t is not None and draw(st.booleans()) for t in call[:4]]
-    return OPS.latent_backward.default, (*args, dz, dkl, wanted)
+    return OPS.latent_backward.default, (*args, dz, dkl, None, wanted)
 
 
 def described(tensors):
@@ -103,7 +103,7 @@ def test_outputs_of_the_formula_are_contiguous_under_transforms():
         call = make_arguments("test", mu, x, z=True, kl=True, seed=seed, sample_shape=samples, event_ndim=0)
 
         def both(m, v):
-            z, kl = execute(LATENT, call._replace(mu=m, x=v))
+            z, kl, _ = execute(LATENT, call._replace(mu=m, x=v))
             assert z.view(-1).numel() == math.prod(samples + shape)
             assert kl.view(-1).numel() == math.prod(shape)
             return z, kl
@@ -128,7 +128,7 @@ def test_a_gradient_has_the_metadata_of_its_input(backend):
         op, leaves, options, dz, dkl = drawn
         tensors = {n: t.detach().requires_grad_() for n, t in leaves.items() if isinstance(t, torch.Tensor)}
         call, _ = forward_arguments(op, {**leaves, **tensors}, options)
-        grads = LATENT.gradients(call, (dz, dkl), [t is not None for t in call[:4]])
+        grads = LATENT.gradients(call, (dz, dkl, None), [t is not None for t in call[:4]])
         for grad, like in zip(grads, call[:4], strict=True):
             if grad is not None and like is not None:
                 assert (grad.shape, grad.dtype, grad.device) == (like.shape, like.dtype, like.device)

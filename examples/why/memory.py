@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench import measure, providers
+from bench import providers
+from reparam_kernels.profiling import measure
 
 SHAPE = (1024, 256)
 Layer = Callable[..., tuple[Tensor, ...]]

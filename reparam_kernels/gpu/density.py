@@ -98,7 +98,7 @@ def densities_from_softplus(mu, x, mu_p, x_p, OPTIONS: tl.constexpr, PRIOR: tl.c
         f = div(softplus_difference(x, s, x_p, 0.0, p), sigma_p)
         if OPTIONS.MIN_STD == 0.0:
             log_sigma_p += tl.where(x_p < -LAST, x_p + LAST, 0.0)
-            f = tl.where((x < -LAST) & (x_p < -LAST), expm1(x - x_p), f)
+            f = tl.where(tl.maximum(x, x_p) < -LAST, expm1(x - x_p), f)
         difference = log_sigma - log_sigma_p
         delta, inverse_p, slope_p = div(mu - mu_p, sigma_p), div(one, sigma_p), div(p.slope, sigma_p) * one
     else:

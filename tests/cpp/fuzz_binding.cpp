@@ -358,9 +358,11 @@ void call(Bytes& in) {
   add(given, z_shape, dtype, layout());
   if (op == 0) {
     add(from_z, z_shape, dtype, Layout::whole, true), add(kl, row, sums, Layout::whole, true);
+    c.none();  // log_q
     return c.finish("latent_forward", options_of(in));
   }
   add(from_z, z_shape, dtype, layout()), add(kl, row, sums, layout());
+  c.none();  // dlog_q
   add(in.flip(), shape, dtype, Layout::gaps, true), add(in.flip(), shape, dtype, Layout::gaps, true);
   const int prior_grad_dtype = in.flip() ? sums : dtype;
   add(prior && kl && in.flip(), shape, prior_grad_dtype, Layout::gaps, true);

@@ -146,7 +146,7 @@ def hold_for_z(config: Config, inputs: Inputs, dz: Tensor) -> Inputs:
 
 def hold(config: Config, inputs: Inputs, grad: Tensor, shape: torch.Size, terms: Callable[[Inputs], Tensor]) -> Inputs:
     """Hold the inputs of the terms whose gradient is 0 and whose slopes are not finite."""
-    grad = grad.reshape(*grad.shape, *[1] * config.event_ndim)
+    grad = grad.reshape((*grad.shape, *[1] * config.event_ndim))
     mu, x = inputs.mu.expand(shape), inputs.x.expand(shape)
     mu_p, x_p = (None if t is None else t.expand(shape) for t in (inputs.mu_p, inputs.x_p))
     variables = [t for t in (mu, x, mu_p, x_p) if t is not None and t.requires_grad]
