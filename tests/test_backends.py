@@ -59,9 +59,7 @@ def test_without_the_extension_the_reference_runs_and_says_why_once():
     code = "import sys; sys.modules['reparam_kernels._C'] = None; " + SAMPLE + "; rk.randn(3); rk.randn(3)"
     out = python(code)
     assert out.startswith("reference 1.78875")
-    assert (
-        out.count("UserWarning: reparam_kernels: runs in plain torch on cpu, slower: import of reparam_kernels._C") == 1
-    )
+    assert out.count("UserWarning: reparam_kernels: runs in plain torch on cpu, slower: ") == 1
 
 
 def test_gradients_flow_in_the_reference_backend():

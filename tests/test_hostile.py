@@ -59,7 +59,8 @@ tensors = [
 
 FAMILIES = {
     "forward": """
-plain = [torch.zeros(4, 3), torch.zeros(4, 3), None, None, torch.tensor([1]), None, torch.zeros(4, 3), torch.zeros(4), None]
+plain = [torch.zeros(4, 3), torch.zeros(4, 3), None, None, torch.tensor([1]), None, torch.zeros(4, 3)]
+plain += [torch.zeros(4), None]
 options = _C.Options(_C.Param.logvar, 0.0, False, 0.0, 0.0)
 each_and_all(lambda args: _C.latent_forward(options, 1, *args), plain, (0, 1, 6))
 """,

@@ -18,7 +18,8 @@ from .tiles import Counts, Strides, Tiling
 
 GRID_LIMIT = 2**31 - 1  # programs along x; y and z hold only 65535
 HIP_GRID_LIMIT = 2**24 - 1  # HIP limits the threads along x to less than 2^32, and a program has up to 4 waves of 64
-GRID_2D_WIDTH = 2**22  # programs along x of a grid that has more
+GRID_2D_WIDTH = 2**30  # programs along x of a grid that has more
+HIP_GRID_2D_WIDTH = 2**22
 
 
 class TileConfig(NamedTuple):
@@ -330,7 +331,8 @@ def plan_launch(spec: LaunchSpec) -> Plan:
     tiling, chunks = make_tiling(spec, layout, block_elements)
     programs = cdiv(layout.rows, tiling.ROWS) * chunks
     grid_2d = tiling.GRID == tiles.GRID_2D.value
-    grid = (GRID_2D_WIDTH, cdiv(programs, GRID_2D_WIDTH)) if grid_2d else (programs,)
+    width = HIP_GRID_2D_WIDTH if spec.compiler == "hip" else GRID_2D_WIDTH
+    grid = (width, cdiv(programs, width)) if grid_2d else (programs,)
     counts = Counts(
         samples=spec.samples,
         rows_per_seed=layout.rows // spec.seeds if spec.seeds > 1 else 1,

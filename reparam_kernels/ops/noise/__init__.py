@@ -104,7 +104,7 @@ def randn_like(
     checks.floating("randn_like", "input", result)
     eps = filled("randn_like", result, seed, generator)
     with torch.no_grad():
-        result = eps if eps is result else result.copy_(eps)
+        result = eps if eps.stride() == result.stride() else result.copy_(eps)
     return result.requires_grad_(requires_grad) if requires_grad else result
 
 
