@@ -171,7 +171,8 @@ def row_pointers(ptr, row_stride, col_stride, packed_stride, tile, TILING: tl.co
         gap = tl.multiple_of(packed_stride - TILING.ROW_LEN * col_stride, VEC)
         offset += tile.col // TILING.ROW_LEN * gap
     SIZE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
-    base = ptr + tl.multiple_of(tile.first_row * row_stride + tile.first_col * col_stride, VEC)
+    first = tl.multiple_of(tile.first_row * row_stride, VEC)  # the sum folds to this if first_col is 0
+    base = ptr + tl.multiple_of(first + tile.first_col * col_stride, VEC)
     return tl.multiple_of(base, min(VEC * SIZE, 16)) + offset
 
 
