@@ -111,15 +111,27 @@ struct Partials {
   double *kl = nullptr, *log_q = nullptr;  // [chunks], [samples, chunks]
 };
 
+template <class C>
+inline void fill_densities(const LatentArguments& a, const Constants<C>& c, int n, const Inputs<C>& in, bool inverse,
+                           DensityArrays<C>& e) {
+  const auto fill = [&](auto param, auto prior, auto ratio, auto with_inverse) {
+    e.template fill<param.value, prior.value, ratio.value, with_inverse.value>(c, n, in.mu, in.x, in.mu_p, in.x_p);
+  };
+  if (a.options.minus_log_p)
+    dispatch_options(a, [&](auto param, auto prior) { fill(param, prior, Bool<true>(), Bool<true>()); });
+  else if (inverse)
+    dispatch_param(a.options.param, [&](auto param) { fill(param, Bool<false>(), Bool<false>(), Bool<true>()); });
+  else
+    dispatch_param(a.options.param, [&](auto param) { fill(param, Bool<false>(), Bool<false>(), Bool<false>()); });
+}
+
 // Computes z and, if asked, log_q of each sample by way of the densities.
 template <class C>
 inline void forward_densities(const LatentArguments& a, const Constants<C>& c, const Chunks& chunks, int64_t chunk,
                               int64_t first, int n, const Inputs<C>& in, Partials partials) {
   DensityArrays<C> e;
   Scratch<C> eps_s, z_s, terms;
-  dispatch_options(a, [&](auto param, auto prior) {
-    e.template fill<param.value, prior.value>(c, n, in.mu, in.x, in.mu_p, in.x_p);
-  });
+  fill_densities(a, c, n, in, false, e);
   for (int64_t sample = 0; sample < a.samples; ++sample) {
     const C* eps = load_or_make_eps(a.eps, sample, first, n, eps_s);
     C* z = target(a.z, sample * a.n + first, z_s.data);
@@ -293,9 +305,7 @@ inline void backward_densities(const LatentArguments& a, const Constants<C>& c, 
                                const Inputs<C>& in, C* dmu, C* dx, C* dmu_p, C* dx_p) {
   DensityArrays<C> e;
   Scratch<C> eps_s, dz_s, row_s, dlog_q_s;
-  dispatch_options(a, [&](auto param, auto prior) {
-    e.template fill<param.value, prior.value>(c, n, in.mu, in.x, in.mu_p, in.x_p);
-  });
+  fill_densities(a, c, n, in, a.options.path_derivative, e);
   LogQGrads<C> sums(n);
   const int rows = (int)((first + n - 1) / a.cols - first / a.cols) + 1;
   for (int i = 0; i < n; ++i) dz_s.data[i] = dlog_q_s.data[i] = 0;  // where there is no incoming gradient
@@ -321,7 +331,7 @@ inline void backward_densities(const LatentArguments& a, const Constants<C>& c, 
     else
       add_path(Bool<false>(), Bool<false>());
   }
-  sums.finish(e, n, dmu, dx, dmu_p, dx_p);
+  sums.finish(e, n, a.options.minus_log_p, dmu, dx, dmu_p, dx_p);
 }
 
 template <class C>

@@ -8,20 +8,23 @@
 namespace reparam {
 namespace {
 
-// The fields of Densities, for each element of a chunk.
+// The fields of Densities, for each element of a chunk. Those that a call does not need are neither computed nor set.
 template <class C>
 struct DensityArrays {
   Scratch<C> sigma, log_sigma, inverse, dsigma, slope, d, f, delta, inverse_p, slope_p;
 
-  template <Param kParam, bool kPrior>
+  template <Param kParam, bool kPrior, bool kRatio, bool kInverse>
   inline void fill(const Constants<C> c, int n, const C* mu, const C* x, const C* mu_p, const C* x_p) {
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
       const Densities<C> e = densities<kParam, kPrior>(c, mu[i], x[i], kPrior ? mu_p[i] : C(0), kPrior ? x_p[i] : C(0));
-      sigma.data[i] = e.sigma, log_sigma.data[i] = e.log_sigma, inverse.data[i] = e.inverse;
+      sigma.data[i] = e.sigma, log_sigma.data[i] = e.log_sigma;
       dsigma.data[i] = e.dsigma, slope.data[i] = e.slope;
-      d.data[i] = e.d, f.data[i] = e.f, delta.data[i] = e.delta;
-      inverse_p.data[i] = e.inverse_p, slope_p.data[i] = e.slope_p;
+      if constexpr (kInverse) inverse.data[i] = e.inverse;
+      if constexpr (kRatio) {
+        d.data[i] = e.d, f.data[i] = e.f, delta.data[i] = e.delta;
+        inverse_p.data[i] = e.inverse_p, slope_p.data[i] = e.slope_p;
+      }
     }
   }
   REPARAM_INLINE Densities<C> operator[](int i) const {
@@ -84,15 +87,19 @@ struct LogQGrads {
   }
 
   // Combines the sums to the gradients of the inputs.
-  inline void finish(const DensityArrays<C>& e, int n, C* __restrict dmu, C* __restrict dx, C* __restrict dmu_p,
-                     C* __restrict dx_p) const {
+  inline void finish(const DensityArrays<C>& e, int n, bool ratio, C* __restrict dmu, C* __restrict dx,
+                     C* __restrict dmu_p, C* __restrict dx_p) const {
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
-      const C s = sigma.data[i], l = log_sigma.data[i], m = mu_p.data[i], p = log_sigma_p.data[i];
+      const C s = sigma.data[i], l = log_sigma.data[i];
       dmu[i] = u.data[i];
       dx[i] = fma(s, slope_at(s, e.dsigma.data[i]), l * slope_at(l, e.slope.data[i]));
-      dmu_p[i] = m * slope_at(m, e.inverse_p.data[i]);
-      dx_p[i] = p * slope_at(p, e.slope_p.data[i]);
+    }
+#pragma omp simd
+    for (int i = 0; i < n; ++i) {  // zeros without a prior
+      const C m = mu_p.data[i], p = log_sigma_p.data[i];
+      dmu_p[i] = ratio ? m * slope_at(m, e.inverse_p.data[i]) : m;
+      dx_p[i] = ratio ? p * slope_at(p, e.slope_p.data[i]) : p;
     }
   }
 };
