@@ -34,12 +34,13 @@ def randn(
 def _in_plain_torch(function: Callable[..., Any], *, z: bool = False, kl: bool = False) -> Callable[..., Any]:
     """Make a public function that runs the formula in place of the kernels."""
     where = f"reference.{function.__name__}"
-    keywords = inspect.signature(function).parameters.keys()
+    keywords = inspect.signature(function).parameters
 
     @wraps(function)
     def plain(*args: Any, **options: Any) -> Any:
-        for name in options.keys() - keywords:
-            raise TypeError(f"{where}() got an unexpected keyword argument {name!r}")
+        for name in options:
+            if name not in keywords:
+                raise TypeError(f"{where}() got an unexpected keyword argument {name!r}")
         outputs = formula(make_arguments(where, *args, z=z, kl=kl, **options))
         return outputs if z and kl else outputs[0] if z else outputs[1]
 
