@@ -50,12 +50,13 @@ def _in_plain_torch(
 ) -> Callable[..., Any]:
     """Make a public function that runs the formula in place of the kernels."""
     where = f"reference.{function.__name__}"
-    keywords = inspect.signature(function).parameters.keys()
+    keywords = inspect.signature(function).parameters
 
     @wraps(function)
     def plain(mu: Any, logvar: Any, **options: Any) -> Any:
-        for name in options.keys() - keywords:
-            raise TypeError(f"{where}() got an unexpected keyword argument {name!r}")
+        for name in options:
+            if name not in keywords:
+                raise TypeError(f"{where}() got an unexpected keyword argument {name!r}")
         if density is not None:
             options["density"] = density(**{name: options.pop(name) for name in Density._fields if name in options})
         if "prior" in options:

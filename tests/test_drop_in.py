@@ -116,4 +116,4 @@ def test_interleaved_halves_are_read_in_place():
 def test_the_page_names_the_versions_that_the_integration_tests_pin(name):
     pins = re.search(r"^integrations = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), flags=re.M).group(1)
     version = re.search(rf'"{name}==([\d.]+)"', pins).group(1)
-    assert re.search(rf"{name} [\d.and ]*{re.escape(version)}", PAGE)
+    assert f"{name} {version}" in PAGE

@@ -46,9 +46,9 @@ def extensions(folder: Path) -> list[Path]:
 def load() -> ModuleType | str:
     """Return the extension, or why it cannot be loaded."""
     spec = importlib.util.find_spec("reparam_kernels._C")
-    if spec is None:
+    if spec is None and not any(map(Path.is_file, extensions(PACKAGE))):
         return absent()
-    if spec.origin is not None and is_truncated(Path(spec.origin)):
+    if spec is not None and spec.origin is not None and is_truncated(Path(spec.origin)):
         sys.modules["reparam_kernels._C"] = None  # type: ignore[assignment]  # no later import may load it
         return "the extension's file is truncated: install the package again"
     try:
