@@ -219,6 +219,13 @@ def test_a_saturated_tanh_gives_no_infinity_and_no_nan(backend, dtype):
         torch.testing.assert_close(log_q.double(), want, rtol=1e-6, atol=1e-5)
 
 
+def test_no_samples_have_no_gradient(backend):
+    leaves = [t.requires_grad_() for t in (*inputs("logvar"), *inputs("logvar", seed=1))]
+    z, kl = rk.reparameterize_mc_kl(*leaves[:2], prior=tuple(leaves[2:]), sample_shape=(0,))
+    assert kl.shape == (0, 6)
+    assert all(torch.equal(g, torch.zeros(6, 5)) for g in torch.autograd.grad(kl.sum() + z.sum(), leaves))
+
+
 def test_compile_vmap_and_checkpoint():
     mu, x = (t.requires_grad_() for t in inputs("logvar"))
 
@@ -245,6 +252,9 @@ def test_errors():
     mu, x = inputs("logvar")
     with pytest.raises(ValueError, match="squash must be None or \"tanh\"; got 'sigmoid'"):
         rk.reparameterize_log_prob(mu, x, squash="sigmoid")
+    with pytest.raises(ValueError, match="squash must be None"):
+        rk.reparameterize_log_prob(mu, x, squash=["tanh"])
+    rk.reparameterize_log_prob(mu, x, path_derivative=True)  # whose options are kept, and True equals 1
     with pytest.raises(TypeError, match="path_derivative must be True or False; got 1"):
         rk.reparameterize_log_prob(mu, x, path_derivative=1)
     with pytest.raises(TypeError, match="squash"):

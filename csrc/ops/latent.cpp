@@ -363,7 +363,7 @@ inline void backward_chunk(const LatentArguments& a, const Constants<C>& c, cons
   else if (g.dz)
     run(Bool<true>(), Bool<false>());
   else
-    for (int i = 0; i < n; ++i) dmu.data[i] = dx.data[i] = 0;
+    for (int i = 0; i < n; ++i) dmu.data[i] = dx.data[i] = dmu_p.data[i] = dx_p.data[i] = 0;
   if (c.clamped) clamp_gradient(c, n, in.unclamped, dx.data);
   dmu.store(n), dx.store(n), dmu_p.store(n), dx_p.store(n);
 }

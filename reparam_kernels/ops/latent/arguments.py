@@ -193,6 +193,8 @@ def _make_config(compiling: bool, where: str, ndim: int, z: bool, kl: bool, samp
     plain_clamp = clamp is None or (type(clamp) is tuple and [*map(type, clamp)] == [float, float])
     if type(param) is not str or type(min_std) is not float or not plain_clamp:
         min_std, clamp = check_scale(where, param, min_std, clamp)
+    if density is not None:
+        _check_density(where, density)
     given = isinstance(sample_shape, tuple) and sample_shape != ()
     symbolic = given and any(type(n) is torch.SymInt for n in sample_shape)
     make = _check_config if compiling or symbolic else _cached_config  # torch.compile warns about a cache
@@ -215,11 +217,16 @@ def _check_config(
     min_std, clamp = check_scale(where, param, min_std, clamp)
     event_ndim = _check_event_ndim(where, event_ndim, ndim) if kl or density is not None else 0
     config = Config(z, kl, sample_shape, event_ndim, param, min_std, clamp, packed)
-    return config if density is None else _with_density(where, config, density)
+    if density is None:
+        return config
+    minus_log_p, squash, path_derivative = density
+    return config._replace(
+        log_q=True, minus_log_p=minus_log_p, tanh=squash is not None, path_derivative=path_derivative
+    )
 
 
-def _with_density(where: str, config: Config, density: Density) -> Config:
-    if density.squash not in (None, "tanh"):
+def _check_density(where: str, density: Density) -> None:
+    if density.squash is not None and not (isinstance(density.squash, str) and density.squash == "tanh"):
         raise ValueError(
             f'{where}: squash must be None or "tanh"; got {density.squash!r}. Use a transform of torch for others.'
         )
@@ -228,12 +235,6 @@ def _with_density(where: str, config: Config, density: Density) -> Config:
             f"{where}: path_derivative must be True or False; got {density.path_derivative!r}. "
             "True leaves out the gradient of log q to its own parameters."
         )
-    return config._replace(
-        log_q=True,
-        minus_log_p=density.minus_log_p,
-        tanh=density.squash is not None,
-        path_derivative=density.path_derivative,
-    )
 
 
 _cached_config = lru_cache(maxsize=1024)(_check_config)
