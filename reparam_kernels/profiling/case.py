@@ -13,7 +13,7 @@ from . import measure
 from .measure import Quantiles
 from .providers import Case, ours, providers
 
-PASSES = ("forward", "forward+backward")
+PASSES = ("forward with grad", "forward+backward")  # of measure.passes, those of a training step
 
 
 class Limits(NamedTuple):
@@ -43,7 +43,7 @@ class Profile(NamedTuple):
 def profile(case: Case, with_compile: bool, rounds: int) -> Profile:
     leaves = case.leaves()
     functions = providers(case, with_compile)
-    calls = {name: passes(f, leaves) for name, f in functions.items()}
+    calls = {name: measure.passes(f, leaves) for name, f in functions.items()}
     timings = {which: times({n: c[which] for n, c in calls.items()}, rounds, case) for which in PASSES}
     return Profile(
         case,
@@ -62,30 +62,15 @@ def times(calls: dict[str, Callable[[], Any]], rounds: int, case: Case) -> dict[
     return {name: timing.wall if wall else timing.cpu for name, timing in timings.items()}
 
 
-def passes(f: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor]) -> dict[str, Callable[[], Any]]:
-    """Return calls as in training: the forward pass records for autograd, as in a model."""
-    grads = [torch.full_like(y, 0.5) for y in f(*leaves)]
-    return {
-        "forward": lambda: f(*leaves),
-        "forward+backward": lambda: torch.autograd.grad(f(*leaves), leaves, grads),
-    }
-
-
 def layers(case: Case, whole: dict[str, float], rounds: int) -> dict[str, dict[str, float]]:
     """Estimate where our time goes, by differences: what a call of one element costs, and each part by itself."""
     small = case._replace(shape=(1,) * len(case.shape))
-    leaves, f = small.leaves(), ours(small)
-    with_grad = passes(f, leaves)
-
-    def without_grad() -> Any:
-        with torch.no_grad():
-            return f(*leaves)
-
+    one_element = measure.passes(ours(small), small.leaves())
     size = (case.samples or 1, *case.shape)
     kept, one = (torch.empty(n, dtype=case.dtype, device=case.device) for n in (size, 1))
     written = {
-        "forward": case.numel if case.draws else 0,
-        "forward+backward": case.numel * case.draws + (4 if case.prior else 2) * math.prod(case.shape),
+        PASSES[0]: case.numel if case.draws else 0,
+        PASSES[1]: case.numel * case.draws + (4 if case.prior else 2) * math.prod(case.shape),
     }
 
     def fresh(numel: int) -> Callable[[], Any]:
@@ -93,8 +78,8 @@ def layers(case: Case, whole: dict[str, float], rounds: int) -> dict[str, dict[s
 
     in_place = {which: torch.empty(n, dtype=case.dtype, device=case.device) for which, n in written.items()}
     calls = {
-        "call": without_grad,
-        **{which: with_grad[which] for which in PASSES},
+        "call": one_element["forward"],
+        **{which: one_element[which] for which in PASSES},
         "noise": lambda: rk.randn(kept.shape, out=kept, dtype=case.dtype, device=case.device),
         "noise of one": lambda: rk.randn(1, out=one, dtype=case.dtype, device=case.device),
         **{f"fresh {which}": fresh(n) for which, n in written.items()},

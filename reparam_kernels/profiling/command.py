@@ -17,7 +17,7 @@ import reparam_kernels as rk
 
 from ..core import backends
 from . import case as cases
-from . import module, picture, report
+from . import measure, module, picture, report
 from .processor import processor
 from .providers import Case, ours
 
@@ -141,7 +141,7 @@ def check_matplotlib(parser: argparse.ArgumentParser) -> None:
 
 
 def write_trace(case: Case, path: Path) -> None:
-    call = cases.passes(ours(case), case.leaves())["forward+backward"]
+    call = measure.passes(ours(case), case.leaves())["forward+backward"]
     call()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if case.device.type != "cpu" else [])]
     with profile(activities=activities) as recorded:

@@ -65,13 +65,13 @@ def memory_table(p: Profile) -> str:
 
 
 def layers_table(p: Profile) -> str:
-    lines = [f"{'where our time goes':32} {PASSES[0]:>16} {PASSES[1]:>20}"]
+    lines = [f"{'where our time goes':32} {PASSES[0]:>17} {PASSES[1]:>20}"]
     for name in p.layers[PASSES[0]]:
         cells = []
         for which in PASSES:
             part = p.layers[which][name]
             cells.append(f"{seconds(part):>9} {part / p.timings[which]['ours'].q50:5.0%}")
-        lines.append(f"  {name:30} {cells[0]:>16} {cells[1]:>20}")
+        lines.append(f"  {name:30} {cells[0]:>17} {cells[1]:>20}")
     lines.append("  Estimates: each part is measured alone, and the last is what remains.")
     if any(p.layers[which]["arithmetic and memory"] == 0 for which in PASSES):
         lines.append("  The parts took longer than the whole: this machine is busy. Run it again.")
