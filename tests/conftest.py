@@ -1,9 +1,13 @@
-"""Runs every test with Triton's interpreter, one torch thread, and outputs that hold NaN until they are written."""
+"""Runs every test with Triton's interpreter, one torch thread, and outputs that hold NaN until they are written.
 
+If TEST_DEVICE names a GPU, the tests of the Triton kernels run there, and no others.
+"""
+
+import importlib
 import os
 import sys
 
-os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+os.environ["TRITON_INTERPRET"] = "1" if os.environ.get("TEST_DEVICE", "cpu") == "cpu" else "0"  # before triton's import
 
 import numpy as np
 import pytest
@@ -14,8 +18,11 @@ from torch.utils._device import _device_constructors
 
 from reparam_kernels import _C
 from reparam_kernels.core import backends
+from tests.on_device import Kernels
 from tests.oracle import fma
 from tests.report import pytest_addoption, pytest_configure, pytest_terminal_summary  # noqa: F401
+
+DEVICE = os.environ.get("TEST_DEVICE")
 
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9):
     # this interpreter does not fuse tl.fma
@@ -53,7 +60,7 @@ def poisoned(monkeypatch):
     def poison(make):
         def made(*args, **kwargs):
             t = make(*args, **kwargs)
-            if type(t) is torch.Tensor and t.is_floating_point() and t.device.type == "cpu":
+            if type(t) is torch.Tensor and t.is_floating_point() and t.device.type in ("cpu", "cuda", "xpu"):
                 with torch.no_grad():
                     t.fill_(float("nan"))
             return t
@@ -65,22 +72,48 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
 
 
-@pytest.fixture(params=["cpu", "triton"])
+@pytest.fixture(params=["cpu", "triton"] if DEVICE is None else ["triton"])
 def backend(request, monkeypatch):
-    """Run the test on the C++ kernels, then on the Triton kernels in the interpreter."""
+    """Run the test on the C++ kernels, then on the Triton kernels in the interpreter; on TEST_DEVICE if it is set."""
     use_backend(monkeypatch, request.param)
     yield request.param
     forget()
 
 
+def pytest_collection_modifyitems(config, items):
+    if DEVICE is None:
+        return
+    here = [
+        item
+        for item in items
+        if "use_backend" in item.function.__code__.co_names
+        or "triton" in getattr(item, "callspec", item).__dict__.get("params", {}).values()
+        or item.get_closest_marker("cuda")
+    ]
+    config.hook.pytest_deselected(items=[item for item in items if item not in here])
+    items[:] = here
+
+
 def use_backend(monkeypatch, name):
     monkeypatch.setattr(backends, "FORCED", name)
+    if DEVICE is not None:
+        monkeypatch.setattr(backends, "interpreting", lambda: True)  # CPU tensors may come
+        monkeypatch.setattr(backends, "kernels", kernels_on_device)
     forget()
+
+
+def kernels_on_device(package, device):
+    name = backends.backend_name(device.type)
+    if name == "reference":
+        return None
+    kernels = importlib.import_module(f"{package}.{name}")
+    return Kernels(kernels, DEVICE) if name == "triton" else kernels
 
 
 def forget():
     backends.backend_name.cache_clear()
-    backends.kernels.cache_clear()
+    if DEVICE is None:
+        backends.kernels.cache_clear()
 
 
 @pytest.fixture(params=_C.available_isas())
