@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -176,3 +177,20 @@ def test_a_gpu_that_triton_does_not_take_runs_in_plain_torch_and_says_why(monkey
     from reparam_kernels.__main__ import triton_line
 
     assert triton_line() == "on Old GPU, compute capability 9.0"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "taken"),
+    [("gfx803", False), ("gfx900", False), ("gfx1010:xnack-", False), ("gfx1030", False), ("gfx906", True)]
+    + [(name, True) for name in ("gfx908", "gfx90a:sramecc+:xnack-", "gfx942", "gfx950", "gfx1100", "gfx1201")],
+)
+def test_an_amd_gpu_that_triton_does_not_compile_for_runs_in_plain_torch(monkeypatch, architecture, taken):
+    """Triton 3.9 compiled the kernels for those that are taken, and failed for the others."""
+    from reparam_kernels.core import backends
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.version.hip", "7.0")
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda: SimpleNamespace(gcnArchName=architecture))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "A GPU")
+    says = f"A GPU has architecture {architecture}, and Triton compiles for gfx906 and later gfx9, and from gfx11 on"
+    assert backends.too_old("cuda") == (None if taken else says)
