@@ -10,7 +10,7 @@ from .core import checks
 from .core.dtypes import compute_dtype
 from .core.execute import execute
 from .ops.latent.arguments import Arguments, Density, make_arguments, unpacked
-from .ops.latent.formula import log_sigma, sigma_of
+from .ops.latent.formula import clamped, log_sigma, sigma_of
 from .ops.latent.op import LATENT
 from .ops.latent.priors import as_pair, converted
 
@@ -210,9 +210,7 @@ class DiagonalGaussian:
         return log_sigma(x.to(compute_dtype(x.dtype)), self._options["param"], self._options["min_std"])
 
     def _x(self) -> Tensor:
-        x = unpacked(self._view)[1]
-        clamp = self._options["clamp"]
-        return x if clamp is None else x.clamp(*clamp)
+        return clamped(unpacked(self._view)[1], self._options["clamp"])
 
     @property
     def mean(self) -> Tensor:

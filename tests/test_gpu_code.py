@@ -171,7 +171,7 @@ def test_every_budget_is_of_a_kernel_that_is_compiled():
     [
         ({"spills": 8}, "expected no stack and no spills; got 8"),
         ({"registers": 89}, "expected at most 88 registers; got 89"),
-        ({"instructions": 70.0}, "instructions an element; got 70.0"),
+        ({"instructions": 75.0}, "instructions an element; got 75.0"),
         ({"forbidden": ["atom.global.add.f32"]}, "no float atomics; got ['atom.global.add.f32']"),
         ({"loads": {"32": 32}}, "every operand loaded by 128 bits; got {'32': 32}"),
     ],

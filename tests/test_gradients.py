@@ -7,6 +7,7 @@ from torch.autograd import gradcheck
 import reparam_kernels as rk
 from examples.vae.model import VAE
 from tests.cases import PARAMS, UNIT, double, inputs, noise, truth
+from tests.conftest import forget, use_backend
 
 pytestmark = pytest.mark.usefixtures("says_where")
 
@@ -127,7 +128,10 @@ def test_gradients_match_float64(backend, param, samples, dtype):
             torch.testing.assert_close(g.double(), w, rtol=rounding, atol=2e-6 * largest, msg=name)
 
 
-def test_clamp_gradient_matches_torch_clamp(backend):
+@pytest.mark.parametrize("name", ["cpu", "triton", "reference"])
+def test_the_gradient_of_clamp_is_kept_at_a_bound(monkeypatch, name):
+    """torch.clamp keeps it up to torch 2.13, and sets it to 0 from 2.14 on."""
+    use_backend(monkeypatch, name)
     x = torch.tensor([-3.0, -1.0, 0.0, 2.0, 5.0, float("nan")], requires_grad=True)
     mu = torch.zeros(6)
     z, kl = rk.reparameterize_kl(mu, x, seed=1, clamp=(-1.0, 2.0))
@@ -137,6 +141,10 @@ def test_clamp_gradient_matches_torch_clamp(backend):
     assert got[3] != 0
     assert got[4] == 0
     assert got[5] == 0
+    points = torch.zeros(5, 1)
+    (got,) = torch.autograd.grad(rk.mixture_log_prob(points, points, x[:5, None], clamp=(-1.0, 2.0)).sum(), x)
+    assert (got != 0).tolist() == [False, True, True, True, False, False]
+    forget()
 
 
 def test_unneeded_gradients_stay_none(backend):

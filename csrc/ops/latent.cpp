@@ -63,7 +63,7 @@ struct Inputs {
   }
 };
 
-// As for torch.clamp, the gradient is kept at a bound and is 0 outside and for NaN.
+// The gradient is kept at a bound, and is 0 outside and for NaN.
 template <class C>
 inline void clamp_gradient(const Constants<C>& c, int n, const C* unclamped, C* __restrict dx) {
   const C low = c.low, high = c.high;

@@ -43,7 +43,7 @@ def reparameterize(
         sample_shape: leading sample dims; z has shape sample_shape + mu.shape.
         param: "logvar"; "logstd", sigma = exp(x); "std", sigma = x; "softplus", sigma = log(1 + exp(x)) + min_std.
         min_std: floor of sigma, for "softplus".
-        clamp: (low, high), applied to the second argument first; the gradient is 0 outside, as for torch.clamp.
+        clamp: (low, high), applied to the second argument first; the gradient is kept at a bound, and 0 outside.
 
     Returns:
         z, of mu's dtype: computed in float32 (float64 for float64), rounded once.

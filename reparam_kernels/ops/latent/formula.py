@@ -34,6 +34,14 @@ def sigma_of(x: Tensor, param: str, min_std: float) -> Tensor:
     return x if param == "std" else softplus(x, threshold=40.0) + min_std
 
 
+def clamped(x: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+    """Clamp x. The gradient is kept at a bound, and 0 outside and for NaN. From torch 2.14 on, torch.clamp's is not."""
+    if bounds is None:
+        return x
+    low, high = bounds
+    return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
+
+
 def bounded_exp(x: Tensor) -> Tensor:
     """Compute exp(x), kept from underflow and overflow, with itself as its derivative."""
     limit = math.log(torch.finfo(x.dtype).max) - 1
@@ -53,8 +61,7 @@ class Inputs(NamedTuple):
 def widened_inputs(arguments: Arguments) -> Inputs:
     config = arguments.config
     mu, x = map(widen, unpacked(arguments))
-    if config.clamp is not None:
-        x = x.clamp(*config.clamp)
+    x = clamped(x, config.clamp)
     mu_p, x_p = (None if t is None else widen(t) for t in (arguments.mu_p, arguments.x_p))
     eps = None
     if config.z and arguments.eps is not None:

@@ -118,7 +118,7 @@ def backward_kernel(
     latent = load_latent(mu_ptr, x_ptr, mu_p_ptr, x_p_ptr, strides, tile, shape, OPTIONS, TILING)
     e = element(latent, OPTIONS, mu_p_ptr is not None)
     # dmu and dsigma: the sums over the samples of dz and of dz * eps. They start at -0, which changes no bit of a sum.
-    dmu = tl.full(latent.mu.shape, -0.0, latent.mu.dtype)
+    dmu = tl.full(latent.mu.shape, 0.0, latent.mu.dtype) * -1.0  # before triton 3.9 a constant of -0 is 0
     dsigma = dmu
     dz_strides, grad_strides = strides.dz, strides.grad  # triton 3.6 loses constants of nested records at a loop
     if dz_ptr is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...core.dtypes import compute_dtype
-from ..latent.formula import log_sigma, widen
+from ..latent.formula import clamped, log_sigma, widen
 from .arguments import Arguments, weights_by_component
 
 
@@ -27,9 +27,7 @@ def formula(arguments: Arguments) -> tuple[Tensor | None, Tensor | None]:
     z, mu, x = widen(arguments.z), widen(arguments.mu), widen(arguments.x)
     given = weights_by_component(arguments)
     weights = mu.new_full((mu.shape[0],), -math.log(mu.shape[0])) if given is None else widen(given)
-    if config.clamp is not None:
-        x = x.clamp(*config.clamp)
-    log_scale = log_sigma(x, config.param, config.min_std)
+    log_scale = log_sigma(clamped(x, config.clamp), config.param, config.min_std)
     e = (z.unsqueeze(-event - 1) - mu) * torch.exp(-log_scale)
     terms = -(e**2) / 2 - log_scale - math.log(2 * math.pi) / 2  # [*batch, N, *event]
     joint = dims = None
