@@ -28,6 +28,7 @@ LABELS = {
     "compile": "torch.compile",
     "compile fallback": "torch.compile, fallback_random",
     "ours compiled": "ours, compiled",
+    "matmul": "matmul",
 }
 
 

@@ -167,7 +167,7 @@ def test_without_noise_there_is_one_way_to_compile_and_only_a_joint_mixture_has_
 
 def test_a_provider_that_cannot_run_is_named_with_the_option():
     def broken(*_):
-        raise RuntimeError("\nno compiler\nand more")
+        raise RuntimeError("backend raised:\n\nno compiler.\nand more")
 
     case = Case("kl_divergence", (4, 3))
     with pytest.raises(

@@ -31,7 +31,8 @@ def checked(
         except RuntimeError as error:
             if name in ("ours", "ours again"):
                 raise
-            why = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+            lines = [line.strip() for line in str(error).splitlines()]
+            why = next((line for line in lines if line and not line.endswith("raised:")), "")  # torch.compile's header
             raise SystemExit(
                 f"{name}: must run here; got {type(error).__name__}: {why.rstrip('.')}. Leave it out ({option})."
             ) from error
