@@ -20,23 +20,23 @@ OPS = "reparam_kernels bench --csv {results}/{part}/results.csv"
 
 class Part(NamedTuple):
     command: str
-    minutes: str  # measured on two cores
+    minutes: str  # estimated for a quiet machine of two cores
     env: tuple[tuple[str, str], ...] = ()
 
 
 PARTS = {
     "main": Part("reparam_kernels bench --csv {results}/results.csv --op latent noise "
                  "--shape 128x20 512x128 256x1024 1024x1024 4096x1024", "8"),
-    "small": Part(f"{OPS} --op sample kl", "2"),
-    "cold": Part(f"{OPS} --op latent sample kl --shape 8x30 128x20 512x128 --cold", "5"),
+    "small": Part(f"{OPS} --op sample kl", "3"),
+    "cold": Part(f"{OPS} --op latent sample kl --shape 8x30 128x20 512x128 --cold", "6"),
     "ops": Part(f"{OPS} --op prior sample kl --shape 512x128 1024x1024", "5"),
     "packed": Part(f"{OPS} --op packed", "1"),
-    "densities": Part(f"{OPS} --op log_prob tanh mc_kl --shape 128x20 512x128 1024x1024", "8"),
-    "mixtures": Part(f"{OPS} --op joint dims both", "8"),
-    "half": Part(f"{OPS} --op latent --dtype bfloat16 float16 --shape 512x128 1024x1024", "5"),
+    "densities": Part(f"{OPS} --op log_prob tanh mc_kl --shape 128x20 512x128 1024x1024 --rounds 20", "7"),
+    "mixtures": Part(f"{OPS} --op joint dims both --rounds 10", "6"),
+    "half": Part(f"{OPS} --op latent --dtype bfloat16 float16 --shape 512x128 1024x1024", "4"),
     "avx2": Part(f"{OPS} --op latent noise --shape 512x128 1024x1024", "3", (("REPARAM_CPU_ISA", "avx2"),)),
     "steps": Part(STEPS, "5"),
-    "recurrent": Part(f"{STEPS} --recurrent", "4"),
+    "recurrent": Part(f"{STEPS} --recurrent", "6"),
     "scaling": Part("bench.scaling --out {results}", "3"),
     "static": Part("bench.static --out {results}", "3"),
     "charts": Part("bench.charts {results}/results.csv", "1"),
@@ -56,12 +56,12 @@ def main() -> None:
     for name in args.part or PARTS:
         part = PARTS[name]
         command = part.command.format(results=RESULTS.relative_to(ROOT), part=name)
-        print(
-            " ".join([f"[{name}, {part.minutes} min]", *(f"{k}={v}" for k, v in part.env.items()), command]), flush=True
-        )
+        settings = "".join(f"{key}={value} " for key, value in part.env)
+        print(f"[{name}, {part.minutes} min] {settings}{command}", flush=True)
         if args.list:
             continue
-        (RESULTS / name).mkdir(exist_ok=True) if "{part}" in part.command else None
+        if "{part}" in part.command:
+            (RESULTS / name).mkdir(exist_ok=True)
         start = time.monotonic()
         subprocess.run([sys.executable, "-m", *command.split()], cwd=ROOT, env=os.environ | dict(part.env), check=True)
         print(f"[{name} took {(time.monotonic() - start) / 60:.1f} min]", flush=True)

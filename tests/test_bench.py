@@ -1,5 +1,6 @@
 """The benchmark writes its rows, bounds and charts, and gives no number to a wrong provider."""
 
+import argparse
 import csv
 import os
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from torch import distributions as d
 
 from bench import charts, steps
+from bench.__main__ import PARTS
 from reparam_kernels.profiling import bench, launches, measure, options, truth
 from reparam_kernels.profiling.case import Case
 from reparam_kernels.profiling.providers import PROVIDERS, distributions, eager, matmul, ours, providers
@@ -274,6 +276,22 @@ def test_peak_is_that_of_the_largest_moment():
         return b * 2
 
     assert measure.peak_bytes(call, "cpu") == pytest.approx(2 * 4 << 16, rel=1e-3)  # and a few scalars
+
+
+def test_each_part_of_the_results_is_a_command_that_exists():
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "--list"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    commands = [line.partition("] ")[2].split() for line in done.stdout.splitlines()]
+    assert len(commands) == len(PARTS)
+    for command in commands:
+        module, *rest = command[1:] if "=" in command[0] else command
+        assert (ROOT / f"{module.replace('.', '/')}{'/__main__' * (module == 'reparam_kernels')}.py").exists()
+        if module == "reparam_kernels":
+            parser = argparse.ArgumentParser()
+            bench.add_command(parser.add_subparsers())
+            rest[rest.index("--csv") + 1] = "r.csv"
+            assert parser.parse_args(rest).op
 
 
 def test_the_pages_tables_are_the_committed_results():

@@ -37,7 +37,7 @@ SHAPES = {
     "sample": "8x30 128x20",  # which real models call many times in a step
     "kl": "8x30 128x20",
     "tanh": "256x6 256x17 1024x1024",
-    "joint": "128x500x40 1024x1024x64",
+    "joint": "128x500x40 1024x1024x10",
     "dims": "256x256x10 1024x1024x10",
     "both": "256x256x10 1024x1024x10",
 }
