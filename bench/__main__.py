@@ -32,7 +32,7 @@ PARTS = {
     "ops": Part(f"{OPS} --op prior sample kl --shape 512x128 1024x1024", "5"),
     "packed": Part(f"{OPS} --op packed", "1"),
     "densities": Part(f"{OPS} --op log_prob tanh mc_kl --shape 128x20 512x128 1024x1024 --rounds 20", "7"),
-    "mixtures": Part(f"{OPS} --op joint dims both --rounds 10", "6"),
+    "mixtures": Part(f"{OPS} --op joint dims both --rounds 8", "7"),
     "half": Part(f"{OPS} --op latent --dtype bfloat16 float16 --shape 512x128 1024x1024", "4"),
     "avx2": Part(f"{OPS} --op latent noise --shape 512x128 1024x1024", "3", (("REPARAM_CPU_ISA", "avx2"),)),
     "steps": Part(STEPS, "5"),
