@@ -9,7 +9,7 @@ BENCH_ARGS ?=
 TEST_ARGS ?= -n auto --dist worksteal
 
 .PHONY: demo parity why test test-slow test-arm test-gpu-code test-integrations test-torch \
-	quality sanitize fuzz extremes determinism faults scale supply bench lint pins clean
+	quality sanitize fuzz extremes determinism faults scale supply bench results lint pins clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m examples.vae $(DEMO_ARGS) --out out/vae
@@ -89,7 +89,12 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*/*
 
 bench: $(VENV)/.ready
-	$(RUN) -m bench $(BENCH_ARGS)
+	$(RUN) -m reparam_kernels bench $(BENCH_ARGS)
+
+# Every committed result again, and the tables of README and docs. An hour; parts of at most 8 minutes each:
+# make results PARTS='main small'. Their names and minutes: python -m bench --list
+results: $(VENV)/.ready
+	$(RUN) -m bench $(PARTS)
 
 # Pins the newest versions for every Python and platform. Torch is excluded, since its CUDA build requires gigabytes;
 # TORCH_NEEDS lists what all of its builds require.

@@ -69,7 +69,7 @@ def parts(out: Path, device: str, workers: int, rehearse: bool) -> Iterator[Part
         target = out / f"bench-{op}"
         yield Part(
             target.name,
-            [*python, "-m", "bench", "--device", device, "--op", op, *rounds, "--out", str(target)],
+            [*python, "-m", "reparam_kernels", "bench", "--device", device, "--op", op, *rounds, "--out", str(target)],
         )
     for name, files in TESTS.items():
         xml = f"--junitxml={out / f'tests-{name}.xml'}"

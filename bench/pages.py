@@ -7,35 +7,35 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+from .charts import LABELS
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
 PAGES = [ROOT / "README.md", ROOT / "docs/performance.md"]
-PEERS = {
-    "eager": "eager",
-    "distributions": "torch.distributions",
-    "compile": "torch.compile",
-    "compile fallback": "torch.compile, fallback_random",
-    "distributions compiled": "torch.distributions, compiled",
-    "ours compiled": "ours, compiled",
-}
 SHORT = ("8x30", "128x20", "512x128", "1024x1024")
 LIMITS = {"of copy": "of_bandwidth", "of noise": "of_noise"}
 Row = dict[str, str]
 
 
-def read(folder: str) -> list[Row]:
-    with open(RESULTS / folder / "results.csv", newline="") as file:
-        return list(csv.DictReader(file))
+def read(*folders: str) -> list[Row]:
+    """Read the results of some parts, without those that have not been measured."""
+    rows = []
+    for path in (RESULTS / folder / "results.csv" for folder in folders):
+        if path.exists():
+            with open(path, newline="") as file:
+                rows += list(csv.DictReader(file))
+    return rows
 
 
 def ratios(rows: list[Row], *names: str, limits: dict[str, str] = LIMITS) -> str:
     """Format one line per case: our time, each peer's as a multiple of it, and our share of the limits."""
+    limits = {name: key for name, key in limits.items() if any(row[key] for row in rows)}
     cases: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
     for row in rows:
-        if row["op"] not in ("noise", "step"):
-            cases[tuple(row[n] for n in (*names, "size", "pass"))][row["provider"]] = row
+        if row["op"] != "noise":
+            cases[tuple(row[n] for n in (*names, "shape", "pass"))][row["provider"]] = row
     present = {row["provider"] for row in rows}
-    peers = {key: name for key, name in PEERS.items() if key in present}
+    peers = {key: name for key, name in LABELS.items() if key in present}
     lines = [
         "| " + " | ".join((*names, "mu", "pass", "ours", *peers.values(), *limits)) + " |",
         "|---" * (len(names) + 3 + len(peers) + len(limits)) + "|",
@@ -46,12 +46,18 @@ def ratios(rows: list[Row], *names: str, limits: dict[str, str] = LIMITS) -> str
         shown = f"{time:.0f} us" if time < 1e4 else f"{time / 1e3:.1f} ms"
         times = [f"{float(by[peer]['ratio_to_ours']):.1f}x" if peer in by else "" for peer in peers]
         reached = [f"{float(ours[k]):.0%}" if ours[k] else "" for k in limits.values()]
-        lines.append("| " + " | ".join((*which, size.replace("x", " x "), passes, shown, *times, *reached)) + " |")
+        lines.append("| " + " | ".join((*which, spaced(size), passes, shown, *times, *reached)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def spaced(shape: str) -> str:
+    return re.sub(r"(?<=\d)x(?=\d)", " x ", shape)
 
 
 def measured(folder: str, *names: str, op: str = "") -> str:
     rows = [row for row in read(folder) if op in ("", row["op"])]
+    if not rows:
+        return f"Not measured yet: `python -m bench {folder}`.\n"
     return ratios(rows, *names) + "\n" + conditions(rows)
 
 
@@ -67,21 +73,38 @@ def conditions(rows: list[Row]) -> str:
 
 def short() -> str:
     """Make the table of README: the op at three sizes, its parts at small ones, the noise, whole training steps."""
-    rows = read("")
+    rows = read("", "small")
     noise = [row for row in rows if row["op"] == "noise" and row["provider"] == "torch.randn"]
-    steps = [row for row in rows if row["op"] == "step" and row["provider"] == "eager"]
+    steps = [row for row in read("steps", "recurrent") if row["provider"] == "eager"]
+
+    def each(of: list[Row], digits: int) -> str:
+        return ", ".join(f"{spaced(row['shape'])} {float(row['ratio_to_ours']):.{digits}f}x" for row in of)
+
     return "\n".join(
         (
-            ratios([row for row in rows if row["size"] in SHORT], "op", limits={}),
+            ratios([row for row in rows if row["shape"] in SHORT], "op", limits={}),
             conditions(rows),
-            "torch.randn against rk.randn: "
-            + ", ".join(f"{row['size'].replace('x', ' x ')} {float(row['ratio_to_ours']):.1f}x" for row in noise)
-            + ".\n",
-            "A whole training step, eager against ours: "
-            + ", ".join(f"{row['size']} {float(row['ratio_to_ours']):.2f}x" for row in steps)
-            + ".\n",
+            f"torch.randn against rk.randn: {each(noise, 1)}.\n",
+            f"A whole training step, eager against ours: {each(steps, 2)}.\n",
         )
     )
+
+
+def steps() -> str:
+    """Make the table of whole training steps."""
+    rows = read("steps", "recurrent")
+    present = [name for name in LABELS if name in {row["provider"] for row in rows}]
+    by: dict[str, dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        by[row["shape"]][row["provider"]] = row
+    lines = [
+        "| " + " | ".join(("step", "ours", *(LABELS[name] for name in present))) + " |",
+        "|---" * (2 + len(present)) + "|",
+    ]
+    for name, own in by.items():
+        times = [f"{float(own[peer]['ratio_to_ours']):.2f}x" if peer in own else "" for peer in present]
+        lines.append("| " + " | ".join((spaced(name), f"{float(own['ours']['us_q50']) / 1e3:.2f} ms", *times)) + " |")
+    return "\n".join(lines) + "\n\n" + conditions(rows).replace(" A plain", "\0").split("\0")[0] + "\n"
 
 
 def scaling() -> str:
@@ -98,7 +121,11 @@ def scaling() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "short": short,
     "main": lambda: measured("", op="latent"),
-    "ops": lambda: ratios(read("ops") + read("packed"), "op"),
+    "steps": steps,
+    "cold": lambda: measured("cold", "op"),
+    "ops": lambda: ratios(read("ops", "packed"), "op"),
+    "densities": lambda: measured("densities", "op"),
+    "mixtures": lambda: measured("mixtures", "op"),
     "half": lambda: ratios(read("half"), "dtype"),
     "avx2": lambda: measured("avx2"),
     "zen4": lambda: measured("zen4", "op"),

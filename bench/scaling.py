@@ -12,10 +12,8 @@ from typing import Any
 import torch
 
 import reparam_kernels as rk
-from reparam_kernels import _C
-from reparam_kernels.ops.latent import cpu
 from reparam_kernels.ops.latent.arguments import make_arguments
-from reparam_kernels.profiling import measure
+from reparam_kernels.profiling import measure, options
 
 SIZES = [10**5, 10**6, 10**7, 10**8]
 COLUMNS = [1, 3, 20, 1000, 10**7]
@@ -23,14 +21,17 @@ COLUMNS = [1, 3, 20, 1000, 10**7]
 
 def cases(rows: int, cols: int) -> dict[str, Callable[[], Any]]:
     """Return calls of the public op, and of its kernel alone on allocated outputs."""
+    from reparam_kernels import _C
+    from reparam_kernels.ops.latent import cpu
+
     mu = torch.randn(rows, cols)
     x = torch.randn(rows, cols)
     call = make_arguments("bench", mu, x, z=True, kl=True, seed=7)
-    options = _C.Options(_C.Param.logvar, 0.0, False, 0.0, 0.0)
+    plain = _C.Options(_C.Param.logvar, 0.0, False, 0.0, 0.0)
     z, kl = cpu.forward(call)
 
     def kernel() -> None:
-        _C.latent_forward(options, torch.get_num_threads(), mu, x, None, None, call.seed, None, z, kl)
+        _C.latent_forward(plain, torch.get_num_threads(), mu, x, None, None, call.seed, None, z, kl)
 
     return {"op": lambda: rk.reparameterize_kl(mu, x, seed=7), "kernel": kernel}
 
@@ -52,10 +53,12 @@ def measured(rounds: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    parser.add_argument("--rounds", type=options.positive, default=9, help="of each case (9)")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="the folder of scaling.csv (out/bench)")
     parser.add_argument("--huge-pages", action="store_true", help=argparse.SUPPRESS)  # for the child process
     args = parser.parse_args()
+    if options.kernels(parser.prog, torch.device("cpu")) != "cpu":
+        parser.error("measures the C++ kernels; REPARAM_BACKEND chooses others. Unset it.")
     if args.huge_pages:
         rows = [row("huge pages", n // 1000, 1000, 1, args.rounds) for n in SIZES[1:3]]
         csv.DictWriter(sys.stdout, rows[0]).writerows(rows)

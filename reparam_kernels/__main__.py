@@ -10,7 +10,7 @@ import torch
 
 from . import NOISE_VERSION, __version__
 from .core import backends
-from .profiling import command as profiling
+from .profiling import bench, command
 
 
 def version(package: str) -> str:
@@ -62,19 +62,23 @@ def report() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m reparam_kernels", description="What this installation runs.")
     commands = parser.add_subparsers(dest="command")
-    command = commands.add_parser("selftest", help="check the kernels of a device: bits, gradients, launches")
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    profile = profiling.add_command(commands)
+    check = commands.add_parser("selftest", help="check the kernels of a device: bits, gradients, launches")
+    check.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    measuring = {
+        "profile": (command.main, command.add_command(commands)),
+        "bench": (bench.main, bench.add_command(commands)),
+    }
     args = parser.parse_args()
     if args.command == "selftest":
         from . import selftest
 
         why = backends.unusable(args.device)
         if why is not None:
-            command.error(f"--device: must be a device that torch can use here; got {args.device!r}: {why}")
+            check.error(f"--device: must be a device that torch can use here; got {args.device!r}: {why}")
         return selftest.main(args.device)
-    if args.command == "profile":
-        return profiling.main(args, profile)
+    if args.command in measuring:
+        run, own = measuring[args.command]
+        return run(args, own)
     report()
     return 0
 

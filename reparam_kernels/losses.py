@@ -5,7 +5,7 @@ and summed over all dims but the first by default.
 """
 
 import math
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -115,6 +115,16 @@ def free_bits_after_mean(kl: Tensor, floor: float) -> Tensor:
     return kl.mean().clamp(min=floor)
 
 
+class BalancedKL(NamedTuple):
+    """What rk.losses.balanced_kl gives with return_parts=True: the loss, and what DreamerV2 and DreamerV3 log."""
+
+    loss: Tensor
+    value: Tensor
+    dyn: Tensor
+    rep: Tensor
+
+
+@overload
 def balanced_kl(
     mu: Tensor,
     logvar: Tensor,
@@ -123,20 +133,51 @@ def balanced_kl(
     to_prior: float = 0.8,
     to_posterior: float = 0.2,
     floor: float = 0.0,
+    return_parts: Literal[False] = False,
     **options: Any,
-) -> Tensor:
+) -> Tensor: ...
+
+
+@overload
+def balanced_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    prior: Prior,
+    *,
+    to_prior: float = 0.8,
+    to_posterior: float = 0.2,
+    floor: float = 0.0,
+    return_parts: Literal[True],
+    **options: Any,
+) -> BalancedKL: ...
+
+
+def balanced_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    prior: Prior,
+    *,
+    to_prior: float = 0.8,
+    to_posterior: float = 0.2,
+    floor: float = 0.0,
+    return_parts: bool = False,
+    **options: Any,
+) -> Tensor | BalancedKL:
     """Compute KL(q || p) with one weight for the gradient to the prior and another for that to the posterior.
 
-        kl = to_prior max(floor, KL(sg(q) || p)) + to_posterior max(floor, KL(q || sg(p)))
+        kl = to_prior dyn + to_posterior rep,  dyn = max(floor, KL(sg(q) || p)),  rep = max(floor, KL(q || sg(p)))
 
     Args:
         mu, logvar, prior: as for rk.kl_divergence.
         to_prior, to_posterior: the weights, 0.8 and 0.2 in DreamerV2. DreamerV3 uses other weights and floor=1.
         floor: free nats for each value, before any mean.
+        return_parts: True returns the parts of the loss too, for a log.
         options: event_ndim, param, min_std, clamp, as for rk.kl_divergence.
 
     Returns:
-        kl, of the shape that rk.kl_divergence gives.
+        kl, of the shape that rk.kl_divergence gives. With return_parts, a named tuple (loss, value, dyn, rep), each of
+        that shape: loss is kl; value is KL(q || p) without floor, weights and gradient; dyn has a gradient to the prior
+        alone, and rep to the posterior alone.
 
     Raises:
         TypeError, ValueError: as rk.kl_divergence.
@@ -147,15 +188,20 @@ def balanced_kl(
 
     Example:
         >>> import torch, reparam_kernels as rk
-        >>> mu, logvar = torch.ones(2, 3), torch.zeros(2, 3)
-        >>> rk.losses.balanced_kl(mu, logvar, prior=(torch.zeros(3), torch.zeros(3)))
+        >>> mu, logvar, prior = torch.ones(2, 3), torch.zeros(2, 3), (torch.zeros(3), torch.zeros(3))
+        >>> rk.losses.balanced_kl(mu, logvar, prior)
         tensor([1.5000, 1.5000])
+        >>> parts = rk.losses.balanced_kl(mu, logvar, prior, floor=2.0, return_parts=True)
+        >>> parts.loss, parts.value, parts.dyn
+        (tensor([2., 2.]), tensor([1.5000, 1.5000]), tensor([2., 2.]))
     """
     pair = as_pair("balanced_kl", prior, options.get("param", "logvar"), options.get("min_std", 0.0))
     held = tuple(t.detach() if isinstance(t, Tensor) else t for t in pair)
     prior_side = kl_divergence(mu.detach(), logvar.detach(), prior=pair, **options)
     posterior_side = kl_divergence(mu, logvar, prior=held, **options)  # type: ignore[arg-type]
-    return to_prior * prior_side.clamp(min=floor) + to_posterior * posterior_side.clamp(min=floor)
+    dyn, rep = prior_side.clamp(min=floor), posterior_side.clamp(min=floor)
+    loss = to_prior * dyn + to_posterior * rep
+    return BalancedKL(loss, posterior_side.detach(), dyn, rep) if return_parts else loss
 
 
 def linear_beta(step: int, steps: int, beta: float = 1.0) -> float:

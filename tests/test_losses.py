@@ -90,6 +90,25 @@ def test_balancing_splits_the_gradient(options):
         torch.testing.assert_close(o.grad, weight * p.grad, rtol=1e-5, atol=1e-6)
 
 
+def test_the_parts_of_a_balanced_kl_are_its_terms_each_with_one_gradient():
+    mu, logvar, mu_p, logvar_p = leaves = [t.clone().requires_grad_() for t in (MU, LOGVAR, MU_P, LOGVAR_P)]
+    options = {"to_prior": 0.5, "to_posterior": 0.1, "floor": 2.0}
+    parts = losses.balanced_kl(mu, logvar, (mu_p, logvar_p), return_parts=True, **options)
+    normals = [
+        torch.distributions.Normal(m.double(), (x.double() / 2).exp()) for m, x in ((MU, LOGVAR), (MU_P, LOGVAR_P))
+    ]
+    want = torch.distributions.kl_divergence(*normals).sum(-1)
+    torch.testing.assert_close(parts.value.double(), want, rtol=1e-5, atol=0.0)
+    assert not parts.value.requires_grad
+    for part in (parts.dyn, parts.rep):
+        torch.testing.assert_close(part.double(), want.clamp(min=2.0), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(parts.loss, 0.5 * parts.dyn + 0.1 * parts.rep)
+    assert torch.equal(parts.loss, losses.balanced_kl(*leaves[:2], tuple(leaves[2:]), **options))
+    for part, own in ((parts.dyn, {2, 3}), (parts.rep, {0, 1})):
+        grads = torch.autograd.grad(part.sum(), leaves, allow_unused=True)
+        assert {i for i, g in enumerate(grads) if g is not None and g.abs().sum() > 0} == own
+
+
 def test_linear_beta_and_capacity():
     assert [losses.linear_beta(t, 10, 4.0) for t in (0, 5, 10, 1000)] == [0.0, 2.0, 4.0, 4.0]
     assert [losses.capacity(t, 10, 25.0) for t in (0, 4, 10, 1000)] == [0.0, 10.0, 25.0, 25.0]

@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import sys
+from collections import Counter
 from typing import NamedTuple
 
 import pytest
@@ -11,11 +12,11 @@ import torch
 
 import reparam_kernels as rk
 from reparam_kernels.__main__ import main
-from reparam_kernels.profiling import module
-from reparam_kernels.profiling.case import PASSES
-from reparam_kernels.profiling.providers import Case, distributions, ours, plain, split
+from reparam_kernels.profiling import breakdown, launches, module
+from reparam_kernels.profiling.breakdown import PASSES
+from reparam_kernels.profiling.case import PARAMS, Case
+from reparam_kernels.profiling.providers import distributions, eager, ours
 
-PARAMS = ("logvar", "logstd", "std", "softplus")
 QUICK = ("--shape", "6x4", "--rounds", "2")
 
 
@@ -51,12 +52,12 @@ def run(monkeypatch, capsys):
 )
 @pytest.mark.parametrize("param", PARAMS)
 def test_every_provider_computes_the_case(param, prior, packed, samples):
-    case = Case("reparameterize_kl", (500, 4), torch.float32, torch.device("cpu"), param, 0.0, samples, prior, packed)
+    case = Case("reparameterize_kl", (500, 4), param=param, samples=samples, prior=prior, packed=packed)
     leaves = case.leaves()
-    mu, x, *p = (t.detach().double() for t in split(case, tuple(leaves)))
+    mu, x, *p = (t.detach().double() for t in case.split(tuple(leaves)))
     want = rk.reference.kl_divergence(mu, x, prior=tuple(p) or None, param=param)
     sigma = {"logvar": (x / 2).exp(), "logstd": x.exp(), "std": x, "softplus": torch.nn.functional.softplus(x)}[param]
-    for make in (ours, plain, distributions):
+    for make in (ours, eager, distributions):
         z, kl = make(case)(*leaves)
         torch.testing.assert_close(kl.double(), want, rtol=1e-4, atol=1e-5)
         assert z.shape == ((samples,) if samples else ()) + case.shape
@@ -65,7 +66,7 @@ def test_every_provider_computes_the_case(param, prior, packed, samples):
         assert abs(eps.var() - 1) < 5 * (2 / eps.numel()) ** 0.5
 
 
-@pytest.mark.parametrize("op", ["reparameterize_kl", "reparameterize", "kl_divergence"])
+@pytest.mark.parametrize("op", ["reparameterize_kl", "kl_divergence", "reparameterize_log_prob"])
 def test_the_screen_fits_a_terminal_and_the_json_holds_its_numbers(run, op):
     screen = run(*QUICK, "--op", op, "--param", "softplus", "--min-std", "0.1")
     assert [line for line in screen.out.splitlines() if len(line) > 80] == []
@@ -75,17 +76,39 @@ def test_the_screen_fits_a_terminal_and_the_json_holds_its_numbers(run, op):
     found = json.loads(run(*QUICK, "--op", op, "--json").out)
     assert found["case"]["shape"] == [6, 4]
     for which in PASSES:
-        assert set(found["seconds"][which]) == {"ours", "ours again", "plain torch", "distributions"}
+        assert set(found["seconds"][which]) == {"ours", "ours again", "eager", "distributions"}
         assert all(0 < q["q10"] <= q["q50"] <= q["q90"] for q in found["seconds"][which].values())
         parts = found["seconds_by_part"][which]
         assert sum(parts.values()) >= found["seconds"][which]["ours"]["q50"] * 0.999
-    words = {"reparameterize_kl": (3, 8), "reparameterize": (3, 8), "kl_divergence": (2, 6)}[op]
+    words = (2, 6) if op == "kl_divergence" else (3, 8)
     for which, word in zip(PASSES, words, strict=True):
         copied = found["least_seconds"][which]["copy"] * found["limits"]["copy_bytes"]
         assert copied == pytest.approx(word * 24 * 4)
-    # plain torch keeps eps and sigma or their like, each a word an element; ours keeps the seed at most
+    # eager keeps eps and sigma or their like, each a word an element; ours keeps the seed at most
     assert found["bytes_kept"]["ours"] <= 8
-    assert found["bytes_kept"]["plain torch"] >= 24 * 4
+    assert found["bytes_kept"]["eager"] >= 24 * 4
+
+
+def test_a_mixture_moves_its_points_and_components(run):
+    found = json.loads(
+        run("--op", "mixture_log_prob", "--of", "both", "--shape", "5x4x3", "--rounds", "2", "--json").out
+    )
+    inputs, dims = (5 + 2 * 4) * 3, 5 * 3  # and one word for each point
+    for which, words in zip(PASSES, (inputs + dims, 3 * inputs + 2 * dims), strict=True):
+        copied = found["least_seconds"][which]["copy"] * found["limits"]["copy_bytes"]
+        assert copied == pytest.approx(words * 4)
+
+
+def test_launches_and_the_next_command_are_shown_for_a_gpu(run, monkeypatch):
+    """A stub counts, since there is no GPU."""
+    counted = Counter({"forward_kernel": 1, "backward_kernel": 1, "void at::native::" + "x" * 99: 2})
+    monkeypatch.setattr(breakdown, "launches", lambda call, device: counted)
+    monkeypatch.setattr(launches, "own_kernels", lambda: {"forward_kernel", "backward_kernel"})
+    screen = run(*QUICK).out
+    assert "\n  ours                                           4                    4\n" in screen
+    assert "'regex:^(backward_kernel|forward_kernel)$'" in screen
+    assert screen.rstrip().endswith("python -m reparam_kernels profile --shape 6x4 --rounds 2 --rounds 1")
+    assert [line for line in screen.splitlines() if len(line) > 80 and not line.startswith("ncu ")] == []
 
 
 def test_picture_and_trace_are_written(run, tmp_path):
@@ -110,7 +133,13 @@ def test_without_matplotlib_only_a_picture_is_refused(run, monkeypatch):
         (["--shape", "0x4"], "must be positive numbers"),
         (["--rounds", "0"], "must be a positive whole number; got '0'"),
         (["--packed", "--shape", "5"], "--packed needs a shape of two or more dims"),
-        (["--min-std", "0.1"], "--min-std needs --param std or softplus"),
+        (["--min-std", "0.1"], "--min-std needs --param softplus; got --param logvar"),
+        (["--squash"], "--squash needs --op reparameterize_log_prob"),
+        (["--of", "both"], "--of needs --op mixture_log_prob"),
+        (["--op", "mixture_log_prob"], "a mixture needs a shape of points, components and dims, as 256x256x10"),
+        (["--op", "reparameterize_mc_kl", "--packed"], "--packed needs a method of rk.DiagonalGaussian"),
+        (["--picture", "p.svg"], "must be a .png file in a folder that exists; got 'p.svg'"),
+        (["--trace", "no/folder/t.json"], "must be a .json file in a folder that exists"),
         (["--prior", "--op", "reparameterize"], "--prior needs an op with a KL"),
         (["--samples", "2", "--op", "kl_divergence"], "--samples needs an op that samples"),
         (["--device", "nonsense"], "--device: must be a device that torch can use here; got 'nonsense'"),
@@ -163,4 +192,4 @@ def test_bytes_kept_by_a_module_leave_out_its_parameters():
         return torch.sin(x @ weight).sum()  # keeps x, weight and the product
 
     assert {id(t) for t in module.parameters(loss())} == {id(weight)}
-    assert module.profile(loss, "cpu", 2, None).saved == 4 * (3 * 5 + 3 * 4)
+    assert module.profile(loss, torch.device("cpu"), 2, None).saved == 4 * (3 * 5 + 3 * 4)

@@ -11,12 +11,12 @@ import torch
 from torch.distributions import Normal
 
 import reparam_kernels as rk
-from bench import providers
 from examples.vae.data import load
 from examples.vae.model import VAE
 from examples.why import digits, estimators, memory, precision
 from examples.why.graph import graph
-from reparam_kernels.profiling import measure
+from reparam_kernels.profiling import measure, providers
+from reparam_kernels.profiling.case import Case
 
 ROOT = Path(__file__).parent.parent
 PICTURES = {"paths", "spread", "descent", "elbo", "gradient_variance", "memory", "kl_error"}
@@ -178,10 +178,9 @@ def test_eager_keeps_three_words_and_ours_a_seed():
     assert ours.backward == pytest.approx(5 + row + ours.kept["seed"])  # mu, logvar, dz, dmu, dlogvar
     assert eager.forward > 20
     assert eager.peak > ours.peak >= 3  # z, dmu, dlogvar
-    leaves = providers.OPS["latent"].inputs((64, 256), torch.float32, "cpu")
-    for name, counted in (("eager", eager), ("ours", ours)):
-        layer = getattr(providers.OPS["latent"], name)
-        assert sum(counted.kept.values()) * 64 * 256 * 4 == measure.saved_bytes(layer, leaves)
+    case = Case("reparameterize_kl", (64, 256))
+    for layer, counted in ((providers.eager(case), eager), (providers.ours(case), ours)):
+        assert sum(counted.kept.values()) * 64 * 256 * 4 == measure.saved_bytes(layer, case.leaves())
     assert why == "torch.compile is left out: not asked for"
 
 
@@ -222,14 +221,15 @@ def test_torch_compile_keeps_eps_and_makes_one_kernel_each_way():
     script = """
 import re, torch
 from torch._inductor.utils import run_and_get_code
-from bench import providers
+from reparam_kernels.profiling import providers
+from reparam_kernels.profiling.case import Case
 from examples.why import memory
 counted, why = memory.compare()
 c = counted["torch.compile"]
 print(why, c.kept, round(c.forward, 1), round(c.backward, 1))
-op = providers.OPS["latent"]
-leaves = op.inputs((8, 256), torch.float32, "cpu")
-f = providers.compiled(op.eager, False)
+case = Case("reparameterize_kl", (8, 256))
+leaves = case.leaves()
+f = providers.compiled(providers.eager(case), False)
 _, codes = run_and_get_code(lambda: sum(y.sum() for y in f(*leaves)).backward())
 print([len(re.findall(r"async_compile.cpp_pybinding", code)) for code in codes])
 """

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench import providers
-from reparam_kernels.profiling import measure
+from reparam_kernels.profiling import measure, providers
+from reparam_kernels.profiling.case import Case
 
 SHAPE = (1024, 256)
 Layer = Callable[..., tuple[Tensor, ...]]
@@ -92,7 +92,7 @@ def eager_traffic(layer: Layer, leaves: list[Tensor]) -> tuple[int, int]:
 
 
 def count(name: str, layer: Layer, shape: tuple[int, int] = SHAPE) -> Counted:
-    leaves = providers.OPS["latent"].inputs(shape, torch.float32, "cpu")
+    leaves = Case("reparameterize_kl", shape).leaves()
     word = size(leaves[0])
     both = measure.passes(layer, leaves)["forward+backward"]
     both()  # compiles, if there is something to compile
@@ -103,13 +103,13 @@ def count(name: str, layer: Layer, shape: tuple[int, int] = SHAPE) -> Counted:
 
 def compare(compiler: bool = True, shape: tuple[int, int] = SHAPE) -> tuple[dict[str, Counted], str | None]:
     """Count each provider; also return why torch.compile is missing, if it is."""
-    op, why = providers.OPS["latent"], None
-    counted = {"eager": count("eager", op.eager, shape)}
+    case, why = Case("reparameterize_kl", shape), None
+    counted = {"eager": count("eager", providers.eager(case), shape)}
     try:
         if not compiler:
             raise RuntimeError("not asked for")
-        counted["torch.compile"] = count("torch.compile", providers.compiled(op.eager, False), shape)
+        counted["torch.compile"] = count("torch.compile", providers.compiled(providers.eager(case), False), shape)
     except Exception as error:  # no usable compiler; the error depends on the version of torch
         why = f"torch.compile is left out: {str(error).splitlines()[0]}"
-    counted["ours"] = count("ours", op.ours, shape)
+    counted["ours"] = count("ours", providers.ours(case), shape)
     return counted, why

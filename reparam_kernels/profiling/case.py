@@ -1,111 +1,144 @@
-"""`profile` without a module: the ops on the user's shapes, beside other ways to write them and the device's limits."""
+"""One case of a measurement: an op on a shape with its options, its inputs, and the words that each pass must move."""
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-import reparam_kernels as rk
-
-from . import measure
-from .measure import Quantiles
-from .providers import Case, ours, providers
-
-PASSES = ("forward with grad", "forward+backward")  # of measure.passes, those of a training step
-
-
-class Limits(NamedTuple):
-    """What the device can do, measured in this run: bytes read and written in a second, and normals drawn."""
-
-    copy_bytes: float
-    noise_elements: float
+OPS = (
+    "reparameterize_kl",
+    "reparameterize",
+    "kl_divergence",
+    "reparameterize_log_prob",
+    "reparameterize_mc_kl",
+    "mixture_log_prob",
+)
+PARAMS = ("logvar", "logstd", "std", "softplus")
 
 
-class Profile(NamedTuple):
-    case: Case
-    timings: dict[str, dict[str, Quantiles]]  # pass -> provider -> seconds
-    saved: dict[str, int]  # provider -> bytes kept for backward, beyond the inputs
-    peak: dict[str, int]  # provider -> bytes
-    layers: dict[str, dict[str, float]]  # pass -> part -> seconds
-    limits: Limits
+class Case(NamedTuple):
+    """The shape is that of mu; packed moments have twice that in dim 1. A mixture has points x components x dims."""
 
-    def bound(self, which: str) -> dict[str, float]:
-        """The least seconds that the memory traffic and the noise of a pass take on this device."""
-        passes = PASSES.index(which) + 1
-        element = torch.finfo(self.case.dtype).bits // 8
-        moved = sum(self.case.words()[:passes]) * math.prod(self.case.shape) * element
-        drawn = passes * self.case.numel if self.case.draws else 0
-        return {"copy": moved / self.limits.copy_bytes, "noise": drawn / self.limits.noise_elements}
+    op: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+    param: str = "logvar"
+    min_std: float = 0.0
+    samples: int | None = None
+    prior: bool = False
+    packed: bool = False
+    squash: bool = False
+    of: str = "joint"
 
+    def refusal(self) -> str | None:
+        """Return why there is no such case, in the names of the options, or None."""
+        mixture = self.op == "mixture_log_prob"
+        if self.min_std and self.param != "softplus":
+            return f"--min-std needs --param softplus; got --param {self.param}"
+        if self.prior and self.op not in ("reparameterize_kl", "kl_divergence", "reparameterize_mc_kl"):
+            return f"--prior needs an op with a KL; got --op {self.op}"
+        if self.samples and not self.draws:
+            return f"--samples needs an op that samples; got --op {self.op}"
+        if self.squash and self.op != "reparameterize_log_prob":
+            return f"--squash needs --op reparameterize_log_prob; got --op {self.op}"
+        if self.packed and (self.squash or self.op in ("reparameterize_mc_kl", "mixture_log_prob")):
+            return f"--packed needs a method of rk.DiagonalGaussian; got --op {self.op}{' --squash' * self.squash}"
+        if self.packed and len(self.shape) < 2:
+            return f"--packed needs a shape of two or more dims; got {self.shape[0]}"
+        if self.of != "joint" and not mixture:
+            return f"--of needs --op mixture_log_prob; got --op {self.op}"
+        if mixture and len(self.shape) != 3:
+            return f"a mixture needs a shape of points, components and dims, as 256x256x10; got {self.shape_text}"
+        return None
 
-def profile(case: Case, with_compile: bool, rounds: int) -> Profile:
-    leaves = case.leaves()
-    functions = providers(case, with_compile)
-    calls = {name: measure.passes(f, leaves) for name, f in functions.items()}
-    timings = {which: times({n: c[which] for n, c in calls.items()}, rounds, case) for which in PASSES}
-    return Profile(
-        case,
-        timings,
-        {name: measure.saved_bytes(f, leaves) for name, f in functions.items()},
-        {name: measure.peak_bytes(c["forward+backward"], case.device.type) for name, c in calls.items()},
-        layers(case, {which: timings[which]["ours"].q50 for which in PASSES}, rounds),
-        limits(case),
-    )
+    @property
+    def shape_text(self) -> str:
+        return "x".join(map(str, self.shape))
 
+    @property
+    def dtype_text(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
-def times(calls: dict[str, Callable[[], Any]], rounds: int, case: Case) -> dict[str, Quantiles]:
-    """CPU time for one thread, which other programs disturb less; wall time for more; device time on a GPU."""
-    *_, timings = measure.interleave(calls, rounds, case.device.type)
-    wall = case.device.type == "cpu" and torch.get_num_threads() > 1
-    return {name: timing.wall if wall else timing.cpu for name, timing in timings.items()}
+    @property
+    def title(self) -> str:
+        parts = [self.op, self.shape_text, self.dtype_text, f"param {self.param}"]
+        parts += ["packed"] * self.packed + ["with prior"] * self.prior + ["squashed"] * self.squash
+        parts += [f"{self.samples} samples"] if self.samples else []
+        return ", ".join([*parts, f"of {self.of}"] if self.op == "mixture_log_prob" else parts)
 
+    @property
+    def draws(self) -> bool:
+        return self.op.startswith("reparameterize")
 
-def layers(case: Case, whole: dict[str, float], rounds: int) -> dict[str, dict[str, float]]:
-    """Estimate where our time goes, by differences: what a call of one element costs, and each part by itself."""
-    small = case._replace(shape=(1,) * len(case.shape))
-    one_element = measure.passes(ours(small), small.leaves())
-    size = (case.samples or 1, *case.shape)
-    kept, one = (torch.empty(n, dtype=case.dtype, device=case.device) for n in (size, 1))
-    written = {
-        PASSES[0]: case.numel if case.draws else 0,
-        PASSES[1]: case.numel * case.draws + (4 if case.prior else 2) * math.prod(case.shape),
-    }
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return () if self.samples is None else (self.samples,)
 
-    def fresh(numel: int) -> Callable[[], Any]:
-        return lambda: torch.empty(numel, dtype=case.dtype, device=case.device).zero_()
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The dims of mu that a KL or a log-density sums over, counted from the last."""
+        return tuple(range(1 - len(self.shape), 0))
 
-    in_place = {which: torch.empty(n, dtype=case.dtype, device=case.device) for which, n in written.items()}
-    calls = {
-        "call": one_element["forward"],
-        **{which: one_element[which] for which in PASSES},
-        "noise": lambda: rk.randn(kept.shape, out=kept, dtype=case.dtype, device=case.device),
-        "noise of one": lambda: rk.randn(1, out=one, dtype=case.dtype, device=case.device),
-        **{f"fresh {which}": fresh(n) for which, n in written.items()},
-        **{f"in place {which}": t.zero_ for which, t in in_place.items()},
-    }
-    found = {name: q.q50 for name, q in times(calls, max(rounds // 2, 5), case).items()}
-    noise = (found["noise"] - found["noise of one"]) * case.draws
-    parts = {}
-    for i, which in enumerate(PASSES, 1):
-        row = {
-            "call: Python, checks, launch": found["call"],
-            "autograd": found[which] - found["call"],
-            "allocation of outputs": found[f"fresh {which}"] - found[f"in place {which}"],
-            "noise": i * noise,
-        }
-        row = {name: max(seconds, 0.0) for name, seconds in row.items()}
-        parts[which] = row | {"arithmetic and memory": max(whole[which] - sum(row.values()), 0.0)}
-    return parts
+    @property
+    def numel(self) -> int:
+        """The elements of z; of a mixture, the pairs of a point and a component, times the dims."""
+        return math.prod(self.shape) * (self.samples or 1)
 
+    def parts(self) -> tuple[str, ...]:
+        """Return the outputs of a mixture."""
+        return ("joint", "dims") if self.of == "both" else (self.of,)
 
-def limits(case: Case) -> Limits:
-    """Measure both rates on tensors beyond the caches."""
-    out = torch.empty(1 << 24 if case.device.type != "cpu" else 1 << 22, device=case.device)
+    def leaves(self) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
 
-    def draw() -> Tensor:
-        return rk.randn(out.shape, out=out, device=case.device)
+        def made(scale: float, shape: tuple[int, ...] = self.shape, offset: float = 0.0) -> Tensor:
+            t = torch.randn(shape, generator=generator) * scale + offset
+            return t.to(self.device, self.dtype)
 
-    seconds = min(measure.once(draw, 1, case.device.type)[1] for _ in range(10))
-    return Limits(measure.copy_bandwidth(str(case.device)), out.numel() / seconds)
+        def made_x(shape: tuple[int, ...] = self.shape) -> Tensor:
+            if self.param == "std":
+                return made(0.5, shape).abs() + 0.1
+            return made(0.5, shape, -2.0 * self.squash)
+
+        if self.op == "mixture_log_prob":
+            points, components, dims = self.shape
+            tensors = [made(1.0, (points, dims)), made(1.0, (components, dims)), made_x((components, dims))]
+        else:
+            pairs = [(made(0.5 if self.squash else 1.0), made_x()) for _ in range(2 if self.prior else 1)]
+            tensors = [torch.cat(pair, dim=1) for pair in pairs] if self.packed else [t for pair in pairs for t in pair]
+        return [t.requires_grad_() for t in tensors]
+
+    def split(self, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return mu and the second argument, and the prior's, of packed moments too."""
+        return tuple(part for t in leaves for part in t.chunk(2, dim=1)) if self.packed else leaves
+
+    def inputs(self) -> int:
+        """Count the elements of the inputs, and so of their gradients."""
+        if self.op == "mixture_log_prob":
+            points, components, dims = self.shape
+            return (points + 2 * components) * dims
+        return (4 if self.prior else 2) * math.prod(self.shape)
+
+    def outputs(self) -> int:
+        """Count the elements of the outputs, without one number for each row."""
+        if self.op == "mixture_log_prob":
+            return self.shape[0] * self.shape[2] * (self.of != "joint")
+        return self.numel * self.draws
+
+    def words(self) -> tuple[int, int]:
+        """The fewest words that forward and backward read and write."""
+        return self.inputs() + self.outputs(), 2 * self.inputs() + self.outputs()
+
+    def sigma(self, x: Tensor) -> Tensor:
+        match self.param:
+            case "logvar":
+                return torch.exp(0.5 * x)
+            case "logstd":
+                return torch.exp(x)
+            case "softplus":
+                return F.softplus(x) + self.min_std
+            case _:
+                return x

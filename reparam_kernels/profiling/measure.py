@@ -6,15 +6,12 @@ training step would.
 """
 
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-import reparam_kernels as rk
 
 
 class Quantiles(NamedTuple):
@@ -37,14 +34,15 @@ def once(call: Callable[[], Any], repeats: int, device: str) -> tuple[float, flo
     """Time one call in (CPU or device, wall) seconds: the mean of `repeats` after one that is not timed."""
     call()
     if device != "cpu":
-        torch.cuda.synchronize()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        gpu = torch.get_device_module(device)
+        gpu.synchronize()
+        begin, end = (gpu.Event(enable_timing=True) for _ in range(2))
         wall = time.perf_counter()
         begin.record()
         for _ in range(repeats):
             call()
         end.record()
-        torch.cuda.synchronize()
+        gpu.synchronize()
         return begin.elapsed_time(end) / 1e3 / repeats, (time.perf_counter() - wall) / repeats
     wall, cpu = time.perf_counter_ns(), time.thread_time_ns()
     for _ in range(repeats):
@@ -67,7 +65,7 @@ def once_cold(call: Callable[[], Any], other: Callable[[], Any], repeats: int) -
 def interleave(
     calls: dict[str, Callable[[], Any]], rounds: int, device: str, cold: bool = False
 ) -> Iterator[dict[str, Timing]]:
-    """Yield the results so far after each round, for a progress bar."""
+    """Yield nothing after each round, for a display of progress, and the results after the last."""
     repeats = {}
     for name, call in calls.items():  # warm-up, outside of the measurement
         for _ in range(3):
@@ -82,10 +80,9 @@ def interleave(
                 samples[name].append(once_cold(calls[name], other, repeats[name]))
             else:
                 samples[name].append(once(calls[name], repeats[name], device))
-        if i == rounds - 1:
-            yield {n: Timing(*(quantiles(list(column)) for column in zip(*s, strict=True))) for n, s in samples.items()}
-        else:
+        if i < rounds - 1:
             yield {}
+    yield {n: Timing(*(quantiles(list(column)) for column in zip(*s, strict=True))) for n, s in samples.items()}
 
 
 def passes(f: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor]) -> dict[str, Callable[[], Any]]:
@@ -127,10 +124,11 @@ def saved_bytes(f: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor]) -> i
 def peak_bytes(call: Callable[[], Any], device: str) -> int:
     """Measure the peak memory of one call, beyond what was allocated before."""
     if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        gpu = torch.get_device_module(device)
+        gpu.reset_peak_memory_stats()
+        before = gpu.memory_allocated()
         call()
-        return torch.cuda.max_memory_allocated() - before
+        return int(gpu.max_memory_allocated() - before)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as prof:
         call()
@@ -142,30 +140,7 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
     return peak
 
 
-def backend(device: str) -> str:
-    """Return the backend that runs on a device. Without kernels there is nothing of ours to measure."""
-    name = rk.backend_for(torch.empty(0, device=device))  # the reference warns and says why
-    if name == "reference":
-        sys.exit(f"bench: the kernels must run on {device}; got plain torch. Run `python -m reparam_kernels`.")
-    return name
-
-
 def copy_bandwidth(device: str, size: int = 1 << 24) -> float:
     """Measure the bytes per second, read and written, of a copy of 64 MiB by one thread; the best of several."""
     a, b = torch.ones(size, device=device), torch.empty(size, device=device)
     return 8 * size / min(once(lambda: b.copy_(a), 1, device)[1] for _ in range(10))
-
-
-def check(name: str, f: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor], truth: Any) -> None:
-    """Raise if a provider is wrong: z must have its mean and variance, and kl its value."""
-    mean, sigma, kl = truth(*leaves)
-    with torch.no_grad():
-        out = f(*leaves)
-    half = leaves[0].dtype in (torch.float16, torch.bfloat16)
-    if kl is not None:
-        torch.testing.assert_close(out[-1].double(), kl, rtol=3e-2 if half else 1e-4, atol=1e-2, msg=f"{name}: kl")
-    if len(out) == 2 or kl is None:
-        eps = (out[0].double() - mean) / sigma
-        n = eps.numel()
-        if abs(eps.mean()) > 5 / n**0.5 + 1e-2 * half or abs(eps.var() - 1) > 5 * (2 / n) ** 0.5 + 1e-2 * half:
-            raise AssertionError(f"{name}: z must have mean mu and variance sigma^2; got another. No number is given.")

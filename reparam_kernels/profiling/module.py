@@ -3,15 +3,16 @@
 import importlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity
 
-from . import measure
+from . import measure, options
+from .launches import activities, counted, ncu
 from .measure import Quantiles
 from .report import seconds, size
 
@@ -22,6 +23,7 @@ class ModuleProfile(NamedTuple):
     step: float  # seconds of that step
     saved: int
     peak: int
+    launches: Counter[str]  # of the step, by name; empty on the CPU
 
 
 def load(spec: str) -> Callable[[], Tensor]:
@@ -46,14 +48,14 @@ def load(spec: str) -> Callable[[], Tensor]:
     return loss  # type: ignore[no-any-return]
 
 
-def profile(loss: Callable[[], Tensor], device: str, rounds: int, trace: Path | None) -> ModuleProfile:
+def profile(loss: Callable[[], Tensor], device: torch.device, rounds: int, trace: Path | None) -> ModuleProfile:
     def both() -> None:
         loss().backward()  # type: ignore[no-untyped-call]
 
-    *_, timings = measure.interleave({"forward": loss, "forward+backward": both}, rounds, device)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device != "cpu" else [])]
-    with torch.profiler.profile(activities=activities) as recorded:
+    *_, timings = measure.interleave({"forward": loss, "forward+backward": both}, rounds, device.type)
+    with torch.profiler.profile(activities=activities(device)) as recorded:
         both()
+        torch.get_device_module(device).synchronize()
     if trace is not None:
         recorded.export_chrome_trace(str(trace))
     found: dict[str, tuple[int, float]] = {}
@@ -62,10 +64,12 @@ def profile(loss: Callable[[], Tensor], device: str, rounds: int, trace: Path | 
         total += event.self_cpu_time_total / 1e6
         if event.key.startswith("reparam_kernels"):
             found[event.key] = (event.count, event.cpu_time_total / 1e6)
-    one_thread = device == "cpu" and torch.get_num_threads() == 1
+    one_thread = device.type == "cpu" and torch.get_num_threads() == 1
     quantiles = {name: timing.cpu if one_thread else timing.wall for name, timing in timings.items()}
     saved = measure.saved_bytes(lambda *_: (loss(),), parameters(loss()))
-    return ModuleProfile(quantiles, found, total, saved, measure.peak_bytes(both, device))
+    return ModuleProfile(
+        quantiles, found, total, saved, measure.peak_bytes(both, device.type), counted(recorded.events())
+    )
 
 
 def parameters(loss: Tensor) -> list[Tensor]:
@@ -84,8 +88,8 @@ def parameters(loss: Tensor) -> list[Tensor]:
     return list(found.values())
 
 
-def text(p: ModuleProfile, spec: str, conditions: dict[str, Any]) -> str:
-    lines = [spec, *(f"{key}: {value}" for key, value in conditions.items()), ""]
+def text(p: ModuleProfile, spec: str, conditions: dict[str, Any], command: list[str]) -> str:
+    lines = [spec, options.text(conditions), ""]
     lines.append(f"{'':22} {'median':>9}   {'10 % to 90 %':>19}")
     for name, q in p.timings.items():
         lines.append(f"  {name:20} {seconds(q.q50):>9}   {f'{seconds(q.q10)} to {seconds(q.q90)}':>19}")
@@ -96,6 +100,10 @@ def text(p: ModuleProfile, spec: str, conditions: dict[str, Any]) -> str:
     for name, (calls, spent) in sorted(p.ranges.items(), key=lambda item: -item[1][1]):
         lines.append(f"  {name[:46]:46} {calls:5} {seconds(spent):>9} {spent / p.step:8.0%}")
     lines.append("  Host time of one step under torch.profiler, which makes every op slower.")
+    if p.launches:
+        lines.append(f"launches of a step: {p.launches.total()}")
+        line = ncu(p.launches, command)
+        lines += [f"the counters of our kernels, by Nsight Compute:\n{line}"] if line else []
     return "\n".join(lines)
 
 
@@ -107,4 +115,5 @@ def as_dict(p: ModuleProfile, spec: str, conditions: dict[str, Any]) -> dict[str
         "bytes_kept": p.saved,
         "bytes_peak": p.peak,
         "ops": {name: {"calls": calls, "seconds": spent} for name, (calls, spent) in p.ranges.items()},
+        "launches": p.launches,
     }

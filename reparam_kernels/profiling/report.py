@@ -1,9 +1,10 @@
 """The profile as text of at most 80 columns, and as a dictionary for --json."""
 
-import math
 from typing import Any
 
-from .case import PASSES, Profile
+from . import options
+from .breakdown import PASSES, Profile
+from .launches import ncu
 
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
 
@@ -22,22 +23,16 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def title(p: Profile) -> str:
-    case = p.case
-    parts = [case.op, "x".join(map(str, case.shape)), str(case.dtype).removeprefix("torch."), f"param {case.param}"]
-    parts += ["packed"] * case.packed + ["with prior"] * case.prior
-    parts += [f"{case.samples} samples"] if case.samples else []
-    return ", ".join(parts)
-
-
-def text(p: Profile, conditions: dict[str, Any]) -> str:
+def text(p: Profile, conditions: dict[str, Any], command: list[str]) -> str:
+    """Format all; command is that of the profile, for Nsight Compute to repeat."""
     return "\n\n".join(
         [
-            f"{title(p)}\n" + "\n".join(f"{key}: {value}" for key, value in conditions.items()),
+            f"{p.case.title}\n{options.text(conditions)}",
             *(providers_table(p, which) for which in PASSES),
             memory_table(p),
             layers_table(p),
             limits_text(p),
+            *([launches_text(p, command)] if p.launches["ours"][PASSES[1]] else []),
         ]
     )
 
@@ -87,19 +82,33 @@ def limits_text(p: Profile) -> str:
         word = {"copy": "for its bytes", "noise": "for its noise"}[name]
         ratio = p.timings[which]["ours"].q50 / bound[name]
         lines.append(f"  {which:18} at least {seconds(bound[name])} {word}; ours {ratio:.3g} times that")
+    if p.case.op == "mixture_log_prob":
+        lines.append("  Neither counts the arithmetic, an exp for each pair and dim.")
     return "\n".join(lines)
 
 
+def launches_text(p: Profile, command: list[str]) -> str:
+    lines = [f"{'launches of a call':32} {PASSES[0]:>17} {PASSES[1]:>20}"]
+    for name, by_pass in p.launches.items():
+        if name != "ours again":
+            lines.append(f"  {name:30} {by_pass[PASSES[0]].total():17} {by_pass[PASSES[1]].total():20}")
+    lines.append("  Ours, of forward+backward:")
+    lines += [f"    {count} x {name}"[:80] for name, count in p.launches["ours"][PASSES[1]].items()]
+    line = ncu(p.launches["ours"][PASSES[1]], command)
+    return "\n".join([*lines, f"the counters of our kernels, by Nsight Compute:\n{line}"] if line else lines)
+
+
 def as_dict(p: Profile, conditions: dict[str, Any]) -> dict[str, Any]:
-    case = p.case._asdict() | {"dtype": str(p.case.dtype).removeprefix("torch."), "device": str(p.case.device)}
+    case = p.case._asdict() | {"dtype": p.case.dtype_text, "device": str(p.case.device)}
     return {
         "case": case,
         "conditions": conditions,
-        "elements": math.prod(p.case.shape),
+        "elements": p.case.numel,
         "seconds": {which: {n: q._asdict() for n, q in by.items()} for which, by in p.timings.items()},
         "bytes_kept": p.saved,
         "bytes_peak": p.peak,
         "seconds_by_part": p.layers,
         "limits": p.limits._asdict(),
+        "launches": p.launches,
         "least_seconds": {which: p.bound(which) for which in PASSES},
     }
