@@ -27,7 +27,7 @@ TESTS = {
     "gradients": ["gradients", "zero_gradients", "mixture"],
     "properties": ["properties", "extremes", "op_metadata"],
 }
-OPS = ("latent", "sample", "kl", "noise")
+OPS = ("latent", "noise", "sample", "kl", "packed", "prior", "log_prob", "tanh", "both", "joint")
 COUNTERS = (
     "dram__bytes.sum",
     "smsp__inst_executed.sum",
@@ -66,11 +66,9 @@ def parts(out: Path, device: str, workers: int, rehearse: bool) -> Iterator[Part
     yield Part("times", [*times, *(["--rounds", "2"] if rehearse else [])])
     rounds = ["--rounds", "2", "--quick"] if rehearse else ["--rounds", "20"]
     for op in OPS:
-        target = out / f"bench-{op}"
-        yield Part(
-            target.name,
-            [*python, "-m", "reparam_kernels", "bench", "--device", device, "--op", op, *rounds, "--out", str(target)],
-        )
+        csv_file = ["--csv", str(out / f"bench-{op}.csv")]
+        bench = [*python, "-m", "reparam_kernels", "bench", "--device", device, "--op", op]
+        yield Part(f"bench-{op}", [*bench, *rounds, *csv_file])
     for name, files in TESTS.items():
         xml = f"--junitxml={out / f'tests-{name}.xml'}"
         chosen = [f"tests/test_{file}.py" for file in files]
@@ -197,12 +195,11 @@ def page(out: Path, done: dict[str, dict[str, object]]) -> str:
         "",
     ]
     for op in OPS:
-        rows = read_csv(out / f"bench-{op}" / "results.csv")
         rows = [
-            {**row, "us": f"{float(row['us_q50']):.1f}", "x": f"{float(row['ratio_to_ours'] or 'nan'):.2f}"}
-            for row in rows
+            {**row, "us": f"{float(row['us_q50']):.1f}", "over ours": f"{float(row['ratio_to_ours'] or 'nan'):.2f}"}
+            for row in read_csv(out / f"bench-{op}.csv")
         ]
-        lines += [f"### {op}", "", *table(rows, ["size", "dtype", "pass", "provider", "us", "x"])]
+        lines += [f"### {op}", "", *table(rows, ["shape", "dtype", "pass", "provider", "us", "over ours"])]
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import reparam_kernels as rk
-from reparam_kernels.profiling import measure
+from reparam_kernels.profiling import measure, options
 
 from .static import DTYPES
 
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--once", action="store_true", help="run each kernel once and write nothing, for ncu")
     parser.add_argument("--out", type=Path, default=Path("out/gpu_times"))
     args = parser.parse_args()
-    measure.backend(args.device)
+    options.kernels(parser.prog, torch.device(args.device))
     if args.once:
         for dtype in DTYPES:
             for call in passes(dtype, ROWS[args.device.partition(":")[0]], args.device).values():
