@@ -28,6 +28,7 @@ __all__ = [
     "minibatch_log_weights",
     "stratified_log_weights",
     "total_correlation",
+    "vimco",
 ]
 
 
@@ -430,6 +431,48 @@ def dreg(log_w: Tensor, z: Tensor, log_q: Tensor) -> Tensor:
         if t.requires_grad:
             t.register_hook(lambda grad, factor=factor: (grad * factor).to(grad.dtype))  # type: ignore[no-untyped-call]
     return iwae(log_w)
+
+
+def vimco(log_w: Tensor, log_q: Tensor) -> Tensor:
+    """Compute the IWAE loss with the gradient of VIMCO, for draws that have no gradient, such as codes.
+
+        loss = iwae(log_w),  d loss / d encoder = -mean_b sum_k [(L - L_k) d log_q[k, b] + w[k, b] d log_w[k, b]],
+        w = softmax_k(log_w),  L the bound,  L_k the bound in which log_w[k] is the mean of the others
+
+    Args:
+        log_w: (K, B, ...), log p(x, z) - log_q, with K at least 2.
+        log_q: the log-density or log-probability of each draw, of the shape of log_w, with a gradient to the encoder.
+
+    Returns:
+        A scalar, whose value is that of iwae.
+
+    Raises:
+        ValueError: if log_w has fewer than two samples, or log_q another shape.
+
+    Source:
+        Mnih and Rezende, "Variational Inference for Monte Carlo Objectives", 2016.
+
+    Example:
+        >>> import torch, reparam_kernels as rk
+        >>> log_q = torch.tensor([[-1.0], [-2.0]], requires_grad=True)
+        >>> loss = rk.losses.vimco(-1.0 - log_q, log_q)
+        >>> loss.backward()
+        >>> log_q.grad.shape
+        torch.Size([2, 1])
+    """
+    check_samples("vimco", log_w)
+    k = log_w.shape[0]
+    if k < 2 or log_q.shape != log_w.shape:
+        raise ValueError(
+            f"vimco: log_w must have at least two samples, and log_q its shape; got log_w {tuple(log_w.shape)}, log_q "
+            f"{tuple(log_q.shape)}. Draw more, or sum log_q over the event."
+        )
+    fixed = log_w.detach()
+    own = torch.eye(k, dtype=torch.bool, device=log_w.device).reshape(k, k, *[1] * (log_w.dim() - 1))
+    without = torch.where(own, ((fixed.sum(0) - fixed) / (k - 1)).unsqueeze(1), fixed)  # [left out, K, B, ...]
+    signal = torch.logsumexp(fixed, 0) - torch.logsumexp(without, 1)
+    score = (signal * (log_q - log_q.detach())).sum(0).mean()  # 0, with the gradient of the score
+    return iwae(log_w) - score
 
 
 def check_samples(where: str, log_w: Tensor) -> None:

@@ -7,7 +7,7 @@ kernels, which another compiler made for another instruction set; everything els
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -182,6 +182,39 @@ def gradients(device: torch.device) -> Iterator[str]:
                 yield from near(f"{name}, {param}, {dtype}", g, w, tolerance * max(1.0, w.abs().max().item()))
 
 
+def sample_with_density(ops: Any, tensors: list[Tensor], **options: Any) -> list[Tensor]:
+    """Return z and log q(z), or z and log q(z) - log p(z) if a prior follows mu and x in the tensors."""
+    if len(tensors) > 2:
+        return list(ops.reparameterize_mc_kl(*tensors[:2], prior=(tensors[2], tensors[3]), **options))
+    return list(ops.reparameterize_log_prob(*tensors, **options))
+
+
+def log_densities(device: torch.device) -> Iterator[str]:
+    """A sample with its log-density or Monte Carlo KL has the bits of z; values and gradients agree with float64."""
+    for param in PARAMS:
+        pair, pair_p = inputs((5, 40), param), inputs((40,), param, seed=1)
+        for kind in ("plain", "path", "tanh", "prior") if param == "logvar" else ("tanh", "prior"):
+            leaves = [t.to(device).requires_grad_() for t in (*pair, *(pair_p if kind == "prior" else ()))]
+            exact = [t.detach().cpu().double().requires_grad_() for t in leaves]
+            options: dict[str, Any] = {"param": param, "sample_shape": (2,), "path_derivative": kind == "path"}
+            if kind == "tanh":
+                options["squash"] = kind
+            eps = rk.randn(2, 5, 40, seed=5, device=device, dtype=torch.float32).cpu().double()
+            got = sample_with_density(rk, leaves, seed=5, **options)
+            want = sample_with_density(rk.reference, exact, eps=eps, **options)
+            what = f"{kind}, {param}"
+            if kind != "tanh":
+                drawn = rk.reparameterize(*leaves[:2], seed=5, param=param, sample_shape=(2,))
+                yield from same_bits(f"z, {what}", got[0].detach(), drawn.detach())
+            for name, g, w in zip(("z", "log_q"), got, want, strict=True):
+                yield from near(f"{name}, {what}", g, w, 1e-5)
+            grads, true_grads = (
+                torch.autograd.grad([t.sum() for t in out], x) for out, x in ((got, leaves), (want, exact))
+            )
+            for name, g, w in zip(("dmu", "dx", "dmu_p", "dx_p"), grads, true_grads, strict=False):
+                yield from near(f"{name}, {what}", g, w, 1e-5 * max(1.0, w.abs().max().item()))
+
+
 def mixture(device: torch.device) -> Iterator[str]:
     """The log-density under a mixture and its gradients agree with plain torch in float64."""
     points, components, dims = (300, 200, 40) if quick(device) else (20, 35, 3)
@@ -204,11 +237,14 @@ def repeats(device: torch.device) -> Iterator[str]:
 
     def run() -> list[Tensor]:
         z, kl = rk.reparameterize_kl(mu, x, seed=3)
-        return [z, kl, *torch.autograd.grad((z * kl[:, None]).sum(), (mu, x))]
+        drawn, log_q = rk.reparameterize_log_prob(mu, x, seed=3)
+        log_p = rk.mixture_log_prob(drawn[:, :40], mu[:, :40], x[:, :40])
+        assert isinstance(log_p, Tensor)
+        return [z, kl, log_q, log_p, *torch.autograd.grad((z * (kl + log_q - log_p)[:, None]).sum(), (mu, x))]
 
     first = run()
     for _ in range(3):
-        for name, a, b in zip(("z", "kl", "dmu", "dx"), run(), first, strict=True):
+        for name, a, b in zip(("z", "kl", "log_q", "log_p", "dmu", "dx"), run(), first, strict=True):
             yield from same_bits(name, a.detach(), b.detach())
 
 
@@ -317,7 +353,7 @@ def launches(device: torch.device) -> Iterator[str]:
 
 
 CHECKS: list[Callable[[torch.device], Iterator[str]]] = [
-    words, roots, eps, z, gradients, mixture, repeats, large, graph, streams, second_device, launches,
+    words, roots, eps, z, gradients, log_densities, mixture, repeats, large, graph, streams, second_device, launches,
 ]  # fmt: skip
 
 

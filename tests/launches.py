@@ -20,9 +20,10 @@ from reparam_kernels.core import backends
 from reparam_kernels.gpu import launch as launcher
 from reparam_kernels.gpu import plan as planner
 from reparam_kernels.ops.latent import triton as latent
+from reparam_kernels.ops.mixture import triton as mixture
 from reparam_kernels.ops.noise import triton as noise
 
-LAUNCHERS = (latent, noise)
+LAUNCHERS = (latent, mixture, noise)
 OUTPUTS = {"out_ptr", "z_ptr", "kl_ptr", "log_q_ptr", "dmu_ptr", "dx_ptr", "dmu_p_ptr", "dx_p_ptr"}
 
 
@@ -79,11 +80,12 @@ def kept(signature: Any, value: Any) -> list[Any]:
 
 @contextmanager
 def replaced(**names: Any) -> Iterator[None]:
-    """Replace each name in every op's launch module."""
+    """Replace each name in every op's launch module that has it."""
     with ExitStack() as stack:
         for module in LAUNCHERS:
             for name, value in names.items():
-                stack.enter_context(mock.patch.object(module, name, value))
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, value))
         yield
 
 
@@ -117,22 +119,29 @@ def recording(
     """
     launches: list[Launch] = []
 
-    def record(launch: launcher.Launch, *tensors: Any) -> None:
-        parameters = inspect.signature(launch.kernel.fn).parameters
-        given = dict(zip(parameters, (*tensors, *launch.arguments), strict=True))
+    def record(kernel: Any, grid: tuple[int, ...], passed: tuple[Any, ...], options: dict[str, Any]) -> None:
+        parameters = inspect.signature(kernel.fn).parameters
+        given = dict(zip(parameters, passed, strict=False)) | {n: v for n, v in options.items() if n in parameters}
         constant = {name for name, parameter in parameters.items() if parameter.annotation is tl.constexpr}
         arguments = {name: value for name, value in given.items() if name not in constant}
-        compile_time = {name: given[name] for name in parameters if name in constant} | launch.options
-        launches.append(Launch(launch.kernel, launch.grid, arguments, compile_time))
+        rest = {name: value for name, value in options.items() if name not in parameters}
+        compile_time = {name: given[name] for name in parameters if name in constant} | rest
+        launches.append(Launch(kernel, grid, arguments, compile_time))
         if execute is not None:
             execute(launches[-1])
+
+    def planned_launch(launch: launcher.Launch, *tensors: Any) -> None:
+        record(launch.kernel, launch.grid, (*tensors, *launch.arguments), launch.options)
+
+    def direct_launch(kernel: Any, grid: tuple[int, ...], device: Any, *arguments: Any, **options: Any) -> None:
+        record(kernel, grid, arguments, options)
 
     backends.kernels.cache_clear()
     try:
         with (
             mock.patch.object(backends, "backend_name", return_value="triton"),
-            mock.patch.object(launcher.Launch, "__call__", record),
-            replaced(compiler=lambda: compiler),
+            mock.patch.object(launcher.Launch, "__call__", planned_launch),
+            replaced(compiler=lambda: compiler, launch=direct_launch),
             planned(**plan),
         ):
             yield launches

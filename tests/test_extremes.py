@@ -1,4 +1,4 @@
-"""For extreme values, z, KL and every gradient match the formula in every backend.
+"""For extreme values, z, KL, log-densities and every gradient match the formula in every backend.
 
 The formula is evaluated in 400 bits (mpmath) and rounded to the dtype, so a number beyond its range is inf. If it has a
 value for finite inputs, no result may be NaN. For infinite inputs the expected result is the limit, if there is one.
@@ -227,3 +227,159 @@ def test_float16_at_its_edges(each, logvar):
     wide = x.double()
     assert z.double().equal(-(wide / 2).exp().half().double())
     torch.testing.assert_close(kl, ((wide.expm1() - wide) / 2).float(), rtol=1e-6, atol=0.0)
+
+
+# ---- the log-density of a sample
+
+DENSITY_NAMES = ("log_q", "dlog_q/dmu", "dlog_q/dx")
+KINDS = {"plain": {}, "tanh": {"squash": "tanh"}, "path": {"path_derivative": True}}
+
+
+def densities(mu, x, **options):
+    """Return DENSITY_NAMES for lists of numbers, each as a list; eps is -1/2."""
+    dtype = options.pop("dtype", torch.float32)
+    leaves = [torch.tensor(t, dtype=torch.float64).to(dtype).requires_grad_() for t in (mu, x)]
+    eps = torch.full_like(leaves[0], EPS)
+    _, log_q = rk.reparameterize_log_prob(*leaves, eps=eps, event_ndim=0, **options)
+    return [t.tolist() for t in (log_q, *torch.autograd.grad(log_q.sum(), leaves))]
+
+
+# param, kind, (mu, x): log_q, then its gradients to mu and x.
+DENSITY_TABLE = [
+    ("logvar", "plain", (0.0, 0.0), (-1.0439385, 0.0, -0.5), "-eps^2 / 2 - log(2 pi) / 2, eps = -1/2"),
+    ("logvar", "plain", (1.0, -200.0), (98.956061, 0.0, -0.5), "sigma is 0 as a number, its logarithm is not"),
+    ("logvar", "plain", (1.0, 1e4), (-5001.0439, 0.0, -0.5), "sigma is beyond float32, its logarithm is not"),
+    ("std", "plain", (1.0, 1e-45), (102.23499, 0.0, -INF), "the least subnormal; 1 / std is beyond float32"),
+    ("softplus", "plain", (1.0, -1e4), (9998.9561, 0.0, -1.0), "softplus(x) goes to exp(x): log sigma is x"),
+    ("logvar", "tanh", (20.0, 0.0), (36.569767, 2.0, -1.0), "tanh is 1 as a number; its slope has a logarithm"),
+    ("logvar", "tanh", (-1e4, 0.0), (19998.57, -2.0, 0.0), "the same"),
+    ("logvar", "tanh", (0.0, -200.0), (98.956061, 0.0, -0.5), "u is 0"),
+    ("logvar", "tanh", (0.0, 1e4), (INF, -2.0, INF), "u is beyond float32, and so is the logarithm of tanh's slope"),
+    ("logvar", "path", (0.0, 0.0), (-1.0439385, 0.5, -0.125), "-eps / sigma, and -eps^2 / 2"),
+    ("logvar", "path", (1.0, -170.0), (83.956061, 4.1115064e36, -0.125), "sigma is 1e-37"),
+]
+
+
+def density_values(param, kind, point):
+    return tuple(value for (value,) in densities(*([t] for t in point), param=param, **KINDS[kind]))
+
+
+@pytest.mark.parametrize(("param", "kind", "point", "limits", "because"), DENSITY_TABLE)
+def test_each_density_is_the_limit_of_its_formula(monkeypatch, param, kind, point, limits, because):
+    for name in ("cpu", "triton"):
+        use_backend(monkeypatch, name)
+        assert density_values(param, kind, point) == near(limits)
+    forget()
+
+
+def density_truth(squash, param, min_std, mu, x):
+    """Return DENSITY_NAMES to 400 bits, and the size of the terms of each sum."""
+    mu, x, eps = mpmath.mpf(mu), mpmath.mpf(x), mpmath.mpf(EPS)
+    sigma, dsigma, log_sigma = scale(x, param, min_std)
+    u = mu + sigma * eps
+    terms, to_mu, to_x = [-(eps**2) / 2 - mpmath.log(2 * mpmath.pi) / 2, -log_sigma], [], [-dsigma / sigma]
+    if squash:
+        small = abs(u) < 1e4
+        tanh = mpmath.tanh(u) if small else mpmath.sign(u)
+        terms += [-2 * mpmath.log(2), 2 * abs(u), 2 * mpmath.log1p(mpmath.exp(-2 * abs(u))) if small else mpmath.mpf(0)]
+        to_mu, to_x = [2 * tanh], [*to_x, 2 * tanh * dsigma * eps]
+    each = terms, to_mu, to_x
+    return [sum(t, mpmath.mpf(0)) for t in each], [sum(map(abs, t), mpmath.mpf(0)) for t in each], 1 / sigma
+
+
+@pytest.mark.parametrize("squash", [None, "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("param", "min_std"), [*((p, 0.0) for p in PARAMS), ("softplus", 1e-4)])
+def test_finite_inputs_give_the_density_of_the_formula(monkeypatch, param, min_std, dtype, squash):
+    """The kernels alone: rk.reference has NaN where sigma leaves the range of float64."""
+    points = [point for point in grid(param, min_std, dtype, False)[0] if param != "std" or point[1] < 1e38]
+    rounding = 1e-15 if min_std and dtype == torch.float64 else 0  # of softplus(x) + min_std
+    faults = []
+    for name in ("cpu", "triton"):
+        use_backend(monkeypatch, name)
+        options = {"param": param, "min_std": min_std, "dtype": dtype, "squash": squash}
+        got = densities(*map(list, zip(*points, strict=True)), **options)
+        for point, *results_at_point in zip(points, *got, strict=True):
+            with mpmath.workprec(400):
+                values, sizes, stays = density_truth(squash, param, min_std, *point)
+                if abs(point[0]) > 1e38 and stays < 1e-38:  # mu and sigma eps, each near the limit, may cancel
+                    continue
+                for what, g, value, size in zip(DENSITY_NAMES, results_at_point, values, sizes, strict=True):
+                    fault = wrong(g, value, size, stays if what == "dlog_q/dx" else 0, False, rounding, dtype, dtype)
+                    if fault:
+                        faults.append((name, what, fault, point, g, mpmath.nstr(value, 8)))
+    forget()
+    assert not faults, faults[:5]
+
+
+# ---- a mixture
+
+MIXTURE_NAMES = ("log p", "dz", "dmu", "dx")
+
+
+def mixtures(param, z, mu, x, of="joint", dtype=torch.float32):
+    """Return MIXTURE_NAMES of one point under one component."""
+    leaves = [torch.tensor([[t]], dtype=dtype, requires_grad=True) for t in (z, mu, x)]
+    value = rk.mixture_log_prob(*leaves, param=param, of=of)
+    return tuple(t.item() for t in (value, *torch.autograd.grad(value.sum(), leaves)))
+
+
+# param, (z, mu, x): log p, then its gradients to z, mu and x.
+MIXTURE_TABLE = [
+    ("logvar", (0.0, 0.0, 0.0), (-0.91893853, 0.0, 0.0, -0.5), "at the mean"),
+    ("logvar", (0.0, 0.0, -170.0), (84.081061, 0.0, 0.0, -0.5), "sigma is 1e-37"),
+    ("logvar", (0.0, 0.0, -200.0), (99.081061, 0.0, 0.0, -0.5), "sigma is 0 as a number, its logarithm is not"),
+    ("logvar", (1.0, 0.0, 1e4), (-5000.9189, 0.0, 0.0, -0.5), "sigma is beyond float32, its logarithm is not"),
+    ("std", (0.0, 0.0, 1e-45), (102.35999, 0.0, 0.0, -INF), "the least subnormal"),
+    ("logvar", (1e6, 0.0, 0.0), (-5e11, -1e6, 1e6, 5e11), "a million sigma away"),
+    ("logvar", (1e18, 0.0, 0.0), (-5e35, -1e18, 1e18, 5e35), "as far as a square is in float32"),
+    ("logvar", (1e19, 0.0, 0.0), (-INF, 0.0, 0.0, 0.0), "farther: the density is 0, and so are its gradients"),
+]
+
+
+@pytest.mark.parametrize("of", ["joint", "dims"])
+@pytest.mark.parametrize(("param", "point", "limits", "because"), MIXTURE_TABLE)
+def test_each_mixture_is_the_limit_of_its_formula(monkeypatch, param, point, limits, because, of):
+    for name in ("cpu", "triton"):
+        use_backend(monkeypatch, name)
+        assert mixtures(param, *point, of) == near(limits)
+        if limits[3] != -INF:
+            assert (
+                mixtures(param, *point, of, torch.float64)[0] == pytest.approx(limits[0], rel=1e-6) or limits[0] < -1e37
+            )
+    forget()
+
+
+@pytest.mark.parametrize("of", ["joint", "dims"])
+def test_points_at_any_distance_have_the_density_of_the_nearest_component(monkeypatch, of):
+    """From 0 to 1e17 sigma, of 1 to 40 components and up to 70 dims, in float32 and float64."""
+    for name in ("cpu", "triton"):
+        use_backend(monkeypatch, name)
+        for dims, components in ((1, 1), (3, 18), (70, 40)) if name == "cpu" else ((3, 18),):
+            g = torch.Generator().manual_seed(dims)
+            mu, logvar = torch.randn(2, components, dims, generator=g)
+            far = 10.0 ** torch.linspace(0, 17, 37)[:, None] * torch.randn(1, dims, generator=g).sign()
+            for dtype in (torch.float32, torch.float64):
+                z, m, v = (t.to(dtype).requires_grad_() for t in (far, mu, logvar))
+                exact = [t.detach().double().requires_grad_() for t in (z, m, v)]
+                got, want = rk.mixture_log_prob(z, m, v, of=of), rk.reference.mixture_log_prob(*exact, of=of)
+                torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-5)
+                grads = [torch.autograd.grad(out.sum(), t)[0].double() for out, t in ((got, z), (want, exact[0]))]
+                torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    forget()
+
+
+def test_the_tables_of_densities_are_written_down(record_property):
+    """The C++ kernels give the tables; the tests above compare every backend with them."""
+    rows = []
+    for param, kind, point, limits, because in DENSITY_TABLE:
+        values_at_point = density_values(param, kind, point)
+        assert values_at_point == near(limits)
+        rows.append((param, kind, *(f"{v:.6g}" for v in (*point, *values_at_point)), because))
+    record_property("table", "\n".join(table(("param", "density", "mu", "x", *DENSITY_NAMES, "since"), rows)))
+    rows = []
+    for param, point, limits, because in MIXTURE_TABLE:
+        values_at_point = mixtures(param, *point)
+        assert values_at_point == near(limits)
+        rows.append((param, *(f"{v:.6g}" for v in (*point, *values_at_point)), because))
+    record_property("table", "\n".join(table(("param", "z", "mu", "x", *MIXTURE_NAMES, "since"), rows)))

@@ -13,8 +13,9 @@ import torch
 from triton.runtime import interpreter
 
 import reparam_kernels as rk
+from reparam_kernels.ops.mixture import triton as mixture
 from tests.conftest import forget, use_backend
-from tests.launches import planned
+from tests.launches import leaves, planned
 
 MARGIN = 4096  # elements of poison on either side of an input
 
@@ -104,6 +105,74 @@ def check(watched, shape, dtype=torch.float32, offsets=(0, 0, 0), pitch=None, sa
     audit(seen, [mu, x, seed, dz, dkl], [dmu, dx], [])
     assert not dmu.isnan().any()
     assert not dx.isnan().any()
+
+
+def check_density(watched, shape, prior=False, samples=(3,), **options):
+    """Check a sample with its log-density, or with the ratio of that to a prior's."""
+    seen, made = watched
+    inputs = [fenced(shape, torch.float32, seed=i).requires_grad_() for i in range(4 if prior else 2)]
+    seed = torch.tensor([7])
+    made.clear()
+    if prior:
+        out = rk.reparameterize_mc_kl(*inputs[:2], prior=tuple(inputs[2:]), seed=seed, sample_shape=samples, **options)
+    else:
+        out = rk.reparameterize_log_prob(*inputs, seed=seed, sample_shape=samples, **options)
+    known = {t.data_ptr() for t in out}
+    audit(seen, [*inputs, seed], out, [t for t in made if t.data_ptr() not in known])
+    assert not any(t.isnan().any() for t in out)
+    for part in seen.values():
+        part.clear()
+    incoming = [fenced(t.shape, torch.float32, seed=5 + i) for i, t in enumerate(out)]
+    grads = torch.autograd.grad(out, inputs, incoming)
+    audit(seen, [*inputs, seed, *incoming], grads, [])
+    assert not any(t.isnan().any() for t in grads)
+
+
+@pytest.mark.parametrize("kind", [{"squash": "tanh"}, {"prior": True}], ids=["tanh", "prior"])
+def test_samples_with_their_log_density(watched, kind):
+    for shape in ((9, 1), (5, 20), (3, 127)):
+        check_density(watched, shape, samples=(2,), **kind)
+        for part in watched[0].values():
+            part.clear()
+
+
+def test_the_log_density_of_a_row_that_is_summed_in_parts(watched):
+    check_density(watched, (1, 2100), samples=())
+
+
+@pytest.mark.parametrize(
+    ("size", "of", "by_point"),
+    [((1, 1, 1), "both", True), ((33, 31, 3), "both", True), ((3, 33, 9), "joint", False), ((33, 3, 9), "dims", False)],
+)
+def test_mixtures(watched, monkeypatch, size, of, by_point):
+    """The launcher copies points and components, so every access must lie in a tensor that its launch was given."""
+    seen, _ = watched
+    items, components, cols = size
+    given = {}
+    real = mixture.launch
+
+    def audited(kernel, grid, device, *arguments, **constants):
+        for part in seen.values():
+            part.clear()
+        real(kernel, grid, device, *arguments, **constants)
+        tensors = [t for t in leaves(arguments) if isinstance(t, torch.Tensor)]
+        known = np.unique(np.concatenate([addresses(t) for t in tensors]))
+        for kind, part in seen.items():
+            assert np.isin(np.unique(np.concatenate(part)), known).all(), (
+                f"{kernel.__name__}: one of the {kind} is outside"
+            )
+        given[kernel.__name__] = True
+
+    monkeypatch.setattr(mixture, "launch", audited)
+    shapes = (items, cols), (components, cols), (components, cols), ((items, components) if by_point else (components,))
+    tensors = [fenced(shape, torch.float32, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+    out = rk.mixture_log_prob(*tensors[:3], log_weights=tensors[3], of=of)
+    out = out if isinstance(out, tuple) else (out,)
+    grads = torch.autograd.grad(out, tensors, [torch.ones_like(t) for t in out])
+    assert not any(t.isnan().any() for t in (*out, *grads))
+    values = {"joint": {"joint_kernel"}, "dims": {"dims_kernel"}, "both": {"joint_kernel", "dims_kernel"}}[of]
+    backward = {"points_backward_kernel", "components_backward_kernel", "finish_kernel"}
+    assert set(given) == {"components_kernel", *values, *backward}
 
 
 WIDTHS = [1, 3, 4, 5, 20, 127, 128, 1000, 4097]

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+import reparam_kernels as rk
 from reparam_kernels.gpu import plan as planner
 from reparam_kernels.gpu import tiles
 from reparam_kernels.ops.latent import triton as launcher
@@ -162,6 +163,29 @@ def test_equal_keys_have_equal_plans_and_kernels():
     first, second = (forward(torch.randn(64, 20), torch.randn(64, 20), seed=i)[-1][0] for i in range(2))
     assert first.compile_time == second.compile_time
     assert hash(first.compile_time["TILING"]) == hash(second.compile_time["TILING"])
+
+
+@pytest.mark.parametrize("of", ["joint", "dims", "both"])
+@pytest.mark.parametrize(
+    "size", [(1, 1, 1), (33, 31, 5), (4096, 500, 64), (2**20, 2**12, 3), (2**31 + 8, 2, 1)], ids=str
+)
+def test_the_grids_of_a_mixture_cover_points_components_and_dims(size, of):
+    items, components, cols = size
+    z, mu = meta(items, cols).requires_grad_(), meta(components, cols).requires_grad_()
+    with recording() as launches:
+        out = rk.mixture_log_prob(z, mu, mu, of=of)
+        torch.autograd.grad(out, (z, mu), [torch.empty_like(t) for t in (out if of == "both" else [out])])
+    blocks, component_blocks = -(-items // 32), -(-components // 32)
+    parts = 1 if of != "dims" else -(-cols // 8)
+    forward = {"joint_kernel": blocks} if of != "dims" else {}
+    forward |= {"dims_kernel": blocks * cols} if of != "joint" else {}
+    expected = [("components_kernel", components), *forward.items(), ("components_kernel", components)]
+    expected += [("points_backward_kernel", blocks * parts), ("components_backward_kernel", component_blocks * parts)]
+    assert [(launch.name, *launch.grid) for launch in launches] == [*expected, ("finish_kernel", components)]
+    for launch in launches:
+        assert launch.arguments["sizes"] == size
+        assert launch.constants["enable_fp_fusion"] is False
+        assert launch.grid[0] < 2**31
 
 
 SIZES = [1, 2, 3, 4, 5, 20, 127, 128, 1000, 1029, 4097, 2**16, 2**20, 2**31 - 1024, 2**31 - 1, 2**31, 2**33 + 4]

@@ -1,5 +1,6 @@
 """rk.losses against loops over Python numbers; gradients exist exactly where the papers say."""
 
+import itertools
 import math
 
 import pytest
@@ -195,3 +196,32 @@ def close(got, want):
 def test_errors_say_what_to_do(call, text):
     with pytest.raises(ValueError, match=text):
         call()
+
+
+def test_the_gradient_of_vimco_has_the_mean_of_the_bounds_gradient():
+    """Over all draws of three codes by two samples: the gradient of the exact expectation of the bound."""
+    logits = torch.tensor([0.3, -0.5, 1.1], dtype=torch.float64, requires_grad=True)
+    log_joint = torch.tensor([-1.0, -0.2, -2.5], dtype=torch.float64)
+    draws = list(itertools.product(range(3), repeat=3))
+    log_prob = logits.log_softmax(0)
+
+    def terms(draw):
+        log_q = log_prob[list(draw)].unsqueeze(1)
+        return log_joint[list(draw)].unsqueeze(1) - log_q, log_q
+
+    bound = sum(terms(d)[1].sum().exp() * -rk.losses.iwae(terms(d)[0]) for d in draws)
+    (want,) = torch.autograd.grad(bound, logits, retain_graph=True)
+    mean = torch.zeros(3, dtype=torch.float64)
+    for draw in draws:
+        log_w, log_q = terms(draw)
+        loss = rk.losses.vimco(log_w, log_q)
+        torch.testing.assert_close(loss, rk.losses.iwae(log_w))
+        (grad,) = torch.autograd.grad(-loss, logits, retain_graph=True)
+        mean += log_q.sum().exp().detach() * grad
+    torch.testing.assert_close(mean, want)
+
+
+def test_vimco_needs_two_samples_and_the_shape_of_log_w():
+    for log_w, log_q in ((torch.zeros(1, 3), torch.zeros(1, 3)), (torch.zeros(4, 3), torch.zeros(4))):
+        with pytest.raises(ValueError, match=r"^vimco: log_w must have at least two samples, and log_q its shape; got"):
+            rk.losses.vimco(log_w, log_q)

@@ -112,6 +112,9 @@ def test_gradients_are_nearer_than_those_of_eager_where_posteriors_overlap(dim):
     got, grads = with_gradients(call, [z, mu, logvar], torch.float32, of="joint")
     assert ((got[0] - want[0]).abs() <= 2e-7 * (dim + want[0].abs()) + 2e-6).all()
     assert_near(grads, want_grads, 3e-5)
+    exact, exact_grads = with_gradients(call, [z, mu, logvar], torch.float64, of="joint")
+    assert ((exact[0] - want[0]).abs() <= 5e-15 * (dim + want[0].abs())).all()
+    assert_near(exact_grads, want_grads, 1e-11)
     for ours, theirs, truth in zip(grads, eager, want_grads, strict=True):
         assert 5 * (ours - truth).pow(2).mean().sqrt() <= (theirs - truth).pow(2).mean().sqrt()
 
@@ -330,6 +333,30 @@ def test_compile_gives_the_bits_of_eager():
     got = with_gradients(compiled, tensors, torch.float32, of="both")
     assert all(torch.equal(a, b) for a, b in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True))
     torch.compiler.reset()
+
+
+def test_inductor_gives_the_bits_of_eager():
+    tensors = make((9, 20, 3), "item")
+    torch.compiler.reset()
+    want = with_gradients(call, tensors, torch.float32, of="both")
+    got = with_gradients(torch.compile(call, fullgraph=True), tensors, torch.float32, of="both")
+    assert all(torch.equal(a, b) for a, b in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True))
+    torch.compiler.reset()
+
+
+class Prior(torch.nn.Module):
+    def forward(self, z, mu, logvar, log_weights):
+        return rk.mixture_log_prob(z, mu, logvar, log_weights=log_weights, of="both")
+
+
+def test_an_exported_program_takes_any_batch():
+    z, mu, logvar, weights = make((9, 20, 3), "component")
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(Prior(), (z, mu, logvar, weights), dynamic_shapes=({0: batch}, None, None, None))
+    assert "reparam_kernels.mixture" in str(program.graph)
+    for points in (z, make((5, 20, 3))[0]):
+        got = program.module()(points, mu, logvar, weights)
+        assert all(torch.equal(a, b) for a, b in zip(got, call([points, mu, logvar, weights], of="both"), strict=True))
 
 
 def test_fake_tensors_and_the_reference(monkeypatch):

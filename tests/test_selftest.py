@@ -57,6 +57,27 @@ def test_a_wrong_gradient_and_a_wrong_z_are_found(monkeypatch):
     assert "dx" in by_check["gradients"].detail
 
 
+def test_a_wrong_density_and_a_wrong_gradient_of_it_are_found(monkeypatch):
+    """1e-3 of the path by way of z, and of one component."""
+    right, right_mixture = rk.reparameterize_log_prob, rk.mixture_log_prob
+
+    def wrong(mu, x, **options):
+        z, log_q = right(mu, x, **options)
+        return z, log_q + 1e-3 * (z.sum(-1) - z.detach().sum(-1))
+
+    monkeypatch.setattr(rk, "reparameterize_log_prob", wrong)
+    monkeypatch.setattr(
+        rk,
+        "mixture_log_prob",
+        lambda z, mu, x, **options: right_mixture(z, torch.cat([mu[:1] + 0.1, mu[1:]]), x, **options),
+    )
+    by_check = {r.name: r for r in selftest.run(CPU)}
+    assert by_check["log_densities"].verdict == by_check["mixture"].verdict == "FAILED"
+    assert "dmu, plain" in by_check["log_densities"].detail
+    assert "log_q" not in by_check["log_densities"].detail
+    assert "joint" in by_check["mixture"].detail
+
+
 def test_a_wrong_square_root_is_found(monkeypatch):
     right = selftest.sqrt_of
 
@@ -118,7 +139,7 @@ def test_the_command_prints_a_table_and_exits_well():
     done = command()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "selftest of the cpu backend on cpu" in done.stdout
-    assert "6 passed, 0 failed, 6 skipped" in done.stdout
+    assert "7 passed, 0 failed, 6 skipped" in done.stdout
 
 
 def test_without_kernels_there_is_nothing_to_test():

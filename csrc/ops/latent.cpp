@@ -146,7 +146,7 @@ inline void forward_densities(const LatentArguments& a, const Constants<C>& c, c
     store(a.z, sample * a.n + first, n, z);
     if (a.log_q.data)
       store_sums(a, chunks, chunk, first, n, terms.data, (C*)a.log_q.data + sample * a.rows,
-                 partials.log_q + sample * chunks.count);
+                 partials.log_q ? partials.log_q + sample * chunks.count : nullptr);
   }
 }
 

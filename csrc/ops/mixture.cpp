@@ -35,6 +35,10 @@ constexpr C kLowest = -kFar<C>;
 template <class C>
 constexpr C kExcluded = 5 * kLowest<C>;
 
+// Below -kPrecise a term is held in one word: the second would be too large for exp2.
+template <class C>
+constexpr C kPrecise = sizeof(C) == 4 ? C(1LL << 30) : C(1LL << 59);
+
 template <bool kValue>
 struct Bool {
   static constexpr bool value = kValue;
@@ -110,6 +114,10 @@ struct Scale {
   C log_sigma, inverse, slope;
 };
 
+// The largest 1 / sigma, so that it times a distance of 0 is 0.
+template <class C>
+constexpr C kSharpest = sizeof(C) == 4 ? C(3e38) : C(1e308);
+
 REPARAM_INLINE float inverse_exp(float x) { return exp_half(-2.f * x).sigma; }
 REPARAM_INLINE double inverse_exp(double x) { return __builtin_exp(-x); }
 
@@ -170,7 +178,7 @@ struct Components {
         const double term = -(double)s.log_sigma - kHalfLog2Pi;
         total += term;
         to[0] = mu[i];
-        to[kBlock] = s.inverse;
+        to[kBlock] = s.inverse > kSharpest<C> ? kSharpest<C> : s.inverse;  // keeps NaN
         to[2 * kBlock] = excluded ? kExcluded<C> : (C)(kLog2e * (weight + term));
       }
     }
@@ -221,6 +229,13 @@ REPARAM_INLINE TwoWords<C> two_sum(TwoWords<C> sum, Pack<C> x) {
   return {top, sum.rest + ((sum.top - (top - added)) + (x - added))};
 }
 
+// Makes `rest` as small as it can be, and 0 where it would be too large for exp2.
+template <class C>
+REPARAM_INLINE TwoWords<C> normalized(TwoWords<C> sum) {
+  const Pack<C> top = sum.top + sum.rest, rest = sum.rest - (top - sum.top);
+  return {top, where_above(-top, kPrecise<C>, Pack<C>(C(0)), rest)};
+}
+
 // The sums over the dims of e^2, e = (z - mu) / sigma, for a pack of points and each component of a block.
 template <class C>
 inline void sum_squares(const C* block, const C* z, int64_t stride, int64_t cols, TwoWords<C>* squares) {
@@ -260,7 +275,7 @@ inline void joint_terms(const C* constants, const C* weights, TwoWords<C>* terms
     rest = rest + Pack<C>(constants[kBlock + k]);
     TwoWords<C> sum = {Pack<C>(constants[k]), rest};
     if (weights) sum = two_sum(sum, load_pack(weights + k * kPack));
-    terms[k] = two_sum(sum, product);
+    terms[k] = normalized(two_sum(sum, product));
   }
 }
 

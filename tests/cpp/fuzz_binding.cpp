@@ -263,7 +263,8 @@ struct Call {
   }
 };
 
-py::object options_of(Bytes& in) {
+// The options of a call. With both flags, and with a negative event_ndim, there are none.
+py::object options_of(Bytes& in, int event_ndim = 0, bool minus_log_p = false, bool tanh = false) {
   const int odd = in.below(32);
   if (odd == 31) return py::none();
   if (odd == 30) return py::str("options");
@@ -271,7 +272,8 @@ py::object options_of(Bytes& in) {
     const py::object number =
         odd == 29 ? (py::object)py::float_(.5) : py::int_(odd == 28 ? (int)in.word() : in.below(4));
     const py::object param = binding.attr("Param")(number);
-    return binding.attr("Options")(param, in.real(), in.flip(), in.real(), in.real());
+    return binding.attr("Options")(param, in.real(), in.flip(), in.real(), in.real(), event_ndim, minus_log_p, tanh,
+                                   in.flip());
   } catch (py::error_already_set& e) {
     MUST(is_allowed(e));
     return binding.attr("Options")(binding.attr("Param").attr("std"), 0., false, 0., 0.);
@@ -346,9 +348,14 @@ void call(Bytes& in) {
   }
   for (int i = in.below(3); i > 0 && (int)shape.size() + i <= 64; --i) z_shape.push_back(in.below(4));
   z_shape.insert(z_shape.end(), shape.begin(), shape.end());
-  const bool from_z = in.flip(), kl = !from_z || in.flip(), given = from_z && in.flip(), prior = in.flip();
+  const bool from_z = in.flip(), density = from_z && in.flip(), kl = !from_z || (!density && in.flip());
+  const bool given = from_z && in.flip(), prior = in.flip(), minus_log_p = density && (prior || in.flip());
+  const bool tanh = density && !minus_log_p && in.flip();
   const int prior_dtype = in.flip() ? sums : dtype;
   const Shape row(shape.begin(), shape.begin() + in.below((int)shape.size() + 1));
+  Shape rows(z_shape.begin(), z_shape.end() - (int64_t)(shape.size() - row.size()));  // of log_q: the sample dims too
+  int event_ndim = (int)(shape.size() - row.size());
+  if (in.below(16) == 15) event_ndim = (int)hostile(in);
   add(true, shape, dtype, layout()), add(true, shape, dtype, layout());
   add(prior, shape, prior_dtype, layout()), add(prior, shape, prior_dtype, layout());
   if (from_z && !given)
@@ -356,18 +363,19 @@ void call(Bytes& in) {
   else
     c.none();
   add(given, z_shape, dtype, layout());
+  const auto options = [&] { return options_of(in, event_ndim, minus_log_p, tanh || (density && in.below(32) == 31)); };
   if (op == 0) {
     add(from_z, z_shape, dtype, Layout::whole, true), add(kl, row, sums, Layout::whole, true);
-    c.none();  // log_q
-    return c.finish("latent_forward", options_of(in));
+    add(density, rows, sums, Layout::whole, true);
+    return c.finish("latent_forward", options());
   }
-  add(from_z, z_shape, dtype, layout()), add(kl, row, sums, layout());
-  c.none();  // dlog_q
+  add(from_z && (!density || in.flip()), z_shape, dtype, layout()), add(kl, row, sums, layout());
+  add(density, rows, sums, layout());
   add(in.flip(), shape, dtype, Layout::gaps, true), add(in.flip(), shape, dtype, Layout::gaps, true);
   const int prior_grad_dtype = in.flip() ? sums : dtype;
-  add(prior && kl && in.flip(), shape, prior_grad_dtype, Layout::gaps, true);
-  add(prior && kl && in.flip(), shape, prior_grad_dtype, Layout::gaps, true);
-  c.finish("latent_backward", options_of(in));
+  add(prior && (kl || density) && in.flip(), shape, prior_grad_dtype, Layout::gaps, true);
+  add(prior && (kl || density) && in.flip(), shape, prior_grad_dtype, Layout::gaps, true);
+  c.finish("latent_backward", options());
 }
 
 py::object scalar(Bytes& in) {

@@ -20,6 +20,10 @@ HALF, HALF_REST = tl.constexpr(-0.7213475108146667), tl.constexpr(-9.62981494545
 HALF_64 = tl.constexpr(-0.7213475204444817)
 # Stand-ins for infinity, so that differences are never NaN. Terms below -FAR count as 0.
 FAR, FAR_64 = tl.constexpr(2e37), tl.constexpr(2e306)
+# Below -PRECISE a term is held in one word: the second would be too large for exp2.
+PRECISE, PRECISE_64 = tl.constexpr(2.0**30), tl.constexpr(2.0**59)
+# The largest 1 / sigma, so that it times a distance of 0 is 0.
+SHARPEST, SHARPEST_64 = tl.constexpr(3e38), tl.constexpr(1e308)
 PLAIN_DIMS = tl.constexpr(8)  # dims whose squares are added without compensation
 
 
@@ -111,6 +115,15 @@ def two_sum(total, x):
 
 
 @triton.jit
+def normalized(total, OPTIONS: tl.constexpr):
+    """Make rest as small as it can be, and 0 where it would be too large for exp2."""
+    LIMIT: tl.constexpr = PRECISE_64 if OPTIONS.FLOAT64 else PRECISE
+    top = total.top + total.rest
+    rest = total.rest - (top - total.top)
+    return TwoWords(top, tl.where(top < -LIMIT, 0.0, rest))
+
+
+@triton.jit
 def components_kernel(
     mu_ptr,  # [N, D]
     x_ptr,  # [N, D]
@@ -124,6 +137,7 @@ def components_kernel(
     """Prepare the components as the other kernels read them."""
     FLOAT: tl.constexpr = tl.float64 if OPTIONS.FLOAT64 else tl.float32
     LOWEST: tl.constexpr = -FAR_64 if OPTIONS.FLOAT64 else -FAR
+    SHARP: tl.constexpr = SHARPEST_64 if OPTIONS.FLOAT64 else SHARPEST
     n = tl.program_id(0).to(tl.int64)
     weight = tl.zeros((), tl.float64)
     if log_weights_ptr is not None:
@@ -139,7 +153,7 @@ def components_kernel(
         to = fields_ptr + d * sizes.components + n
         plane = sizes.components * (n * 0 + sizes.cols)
         tl.store(to, mu, mask=mask)
-        tl.store(to + plane, s.inverse, mask=mask)
+        tl.store(to + plane, tl.where(s.inverse > SHARP, SHARP, s.inverse), mask=mask)  # keeps NaN
         tl.store(to + 2 * plane, ((weight + term) * LOG2E).to(FLOAT), mask=mask)
     joint = (weight + tl.sum(total)) * LOG2E
     none = joint < LOWEST
@@ -196,7 +210,7 @@ def joint_terms(z_ptr, fields_ptr, joint_ptr, weights_ptr, b, n, sizes, OPTIONS:
     if OPTIONS.ITEM_WEIGHTS:
         mask = b_mask[:, None] & n_mask[None, :]
         total = two_sum(total, load_weights(weights_ptr, b, n, mask, sizes, OPTIONS))
-    return two_sum(total, product)
+    return normalized(two_sum(total, product), OPTIONS)
 
 
 @triton.jit
