@@ -116,8 +116,8 @@ def sequence(value: Any) -> tuple[Any, ...] | None:
     return tuple(value)
 
 
-def sizes(where: str, name: str, value: Any) -> tuple[int, ...]:
-    do = f"Pass {name}=(5,), for example."
+def sizes(where: str, name: str, value: Any, do: str | None = None) -> tuple[int, ...]:
+    do = f"Pass {name}=(5,), for example." if do is None else do
     items = sequence(value)
     if items is None:
         raise TypeError(f"{where}: {name} must be a tuple of ints; got {type(value).__name__}. {do}")

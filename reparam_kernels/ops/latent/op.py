@@ -13,7 +13,9 @@ def with_noise(arguments: Arguments) -> Arguments:
     if arguments.seed is None:
         return arguments
     samples = arguments.config.sample_shape
-    eps = noise_op(arguments.seed, (*samples, *unpacked(arguments)[0].shape), math.prod(samples))
+    eps = noise_op(
+        arguments.seed, (*samples, *unpacked(arguments)[0].shape), math.prod(samples), arguments.config.window
+    )
     return arguments._replace(seed=None, eps=eps)
 
 
