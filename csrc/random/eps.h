@@ -62,38 +62,48 @@ struct CounterList {
     const int length = n < fits ? n : fits;
     if (length <= 0) return 0;
     parts[n_parts++] = {to, 4 * count + group_offset, length};
-    const int counters_needed = (group_offset + length + 3) / 4;
-    for (int i = 0; i < counters_needed; ++i) counters[count++] = first + (uint64_t)i;
+    const int needed = (group_offset + length + 3) / 4;
+    for (int i = 0; i < needed; i += 8) {  // in whole vectors, as there is room
+      for (int k = 0; k < 8; ++k) counters[count + i + k] = first + (uint64_t)(i + k);
+    }
+    count += needed;
     return length;
   }
 
-  inline void make(int64_t seed, float* out) {
-    alignas(64) uint32_t radius[2 * (kMost + kBlock)], angle[2 * (kMost + kBlock)];
-    alignas(64) float normals[4 * kMost];
-    for (int i = 0; i < kBlock; ++i) counters[count + i] = 0;
-    philox_words(seed, Listed{counters}, count, radius, angle);
-    box_muller_pairs(radius, angle, count, normals);
-    for (int k = 0; k < n_parts; ++k) {
-      const Part p = parts[k];
-      for (int i = 0; i < p.length; ++i) out[p.to + i] = normals[p.from + i];
-    }
-    count = n_parts = 0;
-  }
 };
 
-// Writes eps of elements [first, first + n) of a sample, which share a seed, as the window places them.
+// Writes the normals of all indices of a list where they belong in `out`, and empties the list. It writes up to 15
+// elements more, so the parts have to be in order.
+inline void make_normals(CounterList& list, int64_t seed, float* __restrict out) {
+  constexpr int kRoom = CounterList::kMost + kBlock;
+  alignas(64) uint32_t radius[2 * kRoom], angle[2 * kRoom];
+  alignas(64) float normals[4 * kRoom];
+  const int count = list.count;
+  const Lanes zero{};
+#pragma GCC unroll 8
+  for (int i = 0; i < kBlock; i += kLanes) std::memcpy(list.counters + count + i, &zero, sizeof zero);  // the last block
+  philox_words<kBlock / 4>(seed, Listed{list.counters}, count, radius, angle);
+  box_muller_pairs(radius, angle, count, normals);
+  for (int k = 0; k < list.n_parts; ++k) {
+    const CounterList::Part p = list.parts[k];
+    for (int i = 0; i < p.length; i += 16) std::memcpy(out + p.to + i, normals + p.from + i, 16 * sizeof *out);
+  }
+  list.count = list.n_parts = 0;
+}
+
+// Writes eps of elements [first, first + n) of a sample, which share a seed, as the window places them. `out` has room
+// for 15 elements more.
 inline void fill_window(const EpsSource& s, int64_t sample, int64_t first, int n, float* out) {
   const int64_t seed = s.seed[first / s.group], origin = s.window_start + sample * s.window_group;
   CounterList list;
   for_runs(s.window, first, n, [&](int64_t offset, int64_t stride, int at, int length) {
-    const int step = stride == 1 ? length : 1;  // indices that are not neighbours are runs of one
-    for (int i = 0; i < length;) {
-      const int added = list.add(origin + offset + i * stride, step - (stride == 1 ? i : 0), at + i);
-      if (added == 0) list.make(seed, out);
+    for (int i = 0; i < length;) {  // indices that are not neighbours are runs of one
+      const int added = list.add(origin + offset + i * stride, stride == 1 ? length - i : 1, at + i);
+      if (added == 0) make_normals(list, seed, out);
       i += added;
     }
   });
-  list.make(seed, out);
+  make_normals(list, seed, out);
 }
 
 // Returns eps of elements [first, first + n) of a sample. The index restarts in the group of each seed.

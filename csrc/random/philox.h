@@ -114,11 +114,12 @@ REPARAM_INLINE void philox_block(int64_t seed, const Counters& counters, int at,
 
 constexpr int kBlock = 8 * kLanes;  // counters
 
-// Makes whole blocks, so it writes up to kBlock counters' words more than asked for.
-template <class Counters>
+// Makes whole blocks, so it writes up to kBlock counters' words more than asked for. More than kFew counters are worth a
+// block.
+template <int kFew = kBlock / 2, class Counters>
 inline void philox_words(int64_t seed, const Counters& counters, int count, uint32_t* radius, uint32_t* angle) {
   int i = 0;
-  for (; i + kBlock / 2 < count; i += kBlock) philox_block<8>(seed, counters, i, radius + 2 * i, angle + 2 * i);
+  for (; i + kFew < count; i += kBlock) philox_block<8>(seed, counters, i, radius + 2 * i, angle + 2 * i);
   for (; i < count; i += kLanes) philox_block<1>(seed, counters, i, radius + 2 * i, angle + 2 * i);
 }
 

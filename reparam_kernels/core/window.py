@@ -79,7 +79,7 @@ def own_seeds(seed: Tensor, shape: tuple[int, ...], window: Window) -> tuple[Ten
     return seed.narrow(0, start[0], shape[0]), ((shape[0], *whole[1:]), (0, *start[1:]))
 
 
-def strides(whole: tuple[int, ...], seeds: int) -> list[int]:
+def index_strides(whole: tuple[int, ...], seeds: int) -> list[int]:
     """Return the strides of an element's index. With a seed for each item, the leading dim does not count."""
     result, step = [], 1
     for size in reversed(whole):

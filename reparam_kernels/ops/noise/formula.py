@@ -5,9 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from ...core import window as window_module
 from ...core.dtypes import has_float64
-from ...core.window import Window
+from ...core.window import NONE, Window, index_strides
 
 
 def philox4x32_10(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
@@ -21,9 +20,7 @@ def philox4x32_10(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def reference_noise(
-    seed: Tensor, shape: tuple[int, ...], samples: int = 1, window: Window = window_module.NONE
-) -> Tensor:
+def reference_noise(seed: Tensor, shape: tuple[int, ...], samples: int = 1, window: Window = NONE) -> Tensor:
     """Compute eps, version 1, in float64. `shape` begins with the samples; each seed gives an equal part of it.
 
     With a window, the other dims of `shape` lie in it.
@@ -54,7 +51,7 @@ def index_in_whole(i: Tensor, shape: tuple[int, ...], window: Window, seeds: int
     whole, start = window
     index = torch.zeros_like(i)
     own = shape[len(shape) - len(whole) :]
-    for size, first, stride in zip(own[::-1], start[::-1], window_module.strides(whole, seeds)[::-1], strict=True):
+    for size, first, stride in zip(own[::-1], start[::-1], index_strides(whole, seeds)[::-1], strict=True):
         index = index + (i % max(size, 1) + first) * stride
         i = i // max(size, 1)
     return index

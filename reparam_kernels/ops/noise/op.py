@@ -57,7 +57,7 @@ def _run(
     else:
         per_seed = math.prod(size) // max(samples * seed.numel(), 1)
         eps = seed.new_empty((seed.numel(), samples, per_seed), dtype=torch.float32)
-        kernels.fill_eps(eps, seed, NONE)
+        kernels.fill_eps(eps, seed)
     return eps.movedim(0, 1).reshape(-1).view(size)  # contiguous, whatever movedim leaves
 
 
