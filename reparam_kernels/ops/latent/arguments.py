@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...core import checks
+from ...core import checks, dtensor
 from ...core import window as windows
 from ...core.dtypes import FLOATS, compute_dtype, dtype_name
 from ...core.op import Shape, resolve_neg
@@ -126,7 +126,7 @@ def make_arguments(
     if seed is not None or generator is not None or eps is not None:
         checks.one_source(where, seed, generator, eps)
         windows.no_eps(where, window, eps)
-    compiling = torch.compiler.is_compiling()
+    drawn, compiling = seed is None, torch.compiler.is_compiling()
     ndim = -1 if compiling or eps is not None or prior is not None else checks.plain_pair_ndim(mu, logvar)
     shape: Any = None
     if ndim < 0:
@@ -148,6 +148,8 @@ def make_arguments(
         seed = make_seed(where, seed, generator, mu.device, items)
     else:
         eps = _take_eps(where, eps, mu, config.sample_shape + tuple(shape))
+    if seed is not None and shape is not None and dtensor.is_dtensor(mu) and not compiling:
+        dtensor.one_seed(where, mu, seed, drawn)
     return Arguments(mu, logvar, mu_p, x_p, seed, eps, config)
 
 

@@ -6,6 +6,7 @@ from ...core.op import Op
 from ..noise.op import noise_op
 from .arguments import Arguments, shapes, unpacked
 from .formula import formula, gradient_formula
+from .sharded import shard
 
 
 def with_noise(arguments: Arguments) -> Arguments:
@@ -30,4 +31,5 @@ LATENT = Op(
     gradient_formula=gradient_formula,
     expands=("mu_p", "x_p"),
     with_noise=with_noise,
+    shard=shard,
 )

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core import checks
+from ...core import checks, dtensor
 from ...core import window as windows
 from ...core.window import Window
 from .op import draw_into
@@ -116,6 +116,12 @@ def filled(
     where: str, result: Tensor, seed: int | Tensor | None, generator: torch.Generator | None, window: Any
 ) -> Tensor:
     """Fill a tensor with noise, or return a tensor with the noise where the tensor can't be filled in place."""
-    seeds, window = windows.place(where, seed, generator, result.device, tuple(result.shape), window)
+    drawn, whole = seed is None, tuple(result.shape)
+    seeds, window = windows.place(where, seed, generator, result.device, whole, window)
     with torch.no_grad():
-        return draw_into(result, seeds, window)
+        if not dtensor.is_dtensor(result):
+            return draw_into(result, seeds, window)
+        dtensor.one_seed(where, result, seeds, drawn)
+        seeds, window = dtensor.window_of_part(seeds, window, whole, *dtensor.part_of("the result", result))
+        part = draw_into(dtensor.local(result).contiguous(), seeds, window)
+        return dtensor.from_part(part, result.device_mesh, result.placements, whole)  # type: ignore[attr-defined]
