@@ -57,9 +57,10 @@ def _any_dtensor(arguments: Any) -> bool:
 
 def _run_sharded(op: Op[Any], arguments: Any) -> Outputs:
     """Run the op on this process's part of DTensors."""
-    if op.shard is None or torch_modes.in_transform():
-        what = f"the op {op.name}" if op.shard is None else "a torch.func transform or forward-mode AD"
-        raise TypeError(f"reparam_kernels: {what} must get tensors of this process; got DTensor. Call on t.to_local().")
+    if op.shard is None:
+        raise TypeError(
+            f"reparam_kernels: the op {op.name} must get tensors of this process; got DTensor. Call on t.to_local()."
+        )
     part, join = op.shard(arguments)
     return join(execute(op, part))
 
