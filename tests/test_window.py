@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reparam_kernels as rk
@@ -47,11 +47,11 @@ def seeds_of(kind, whole):
     return 2**40 + 7 if kind == "one" else torch.arange(whole[0]) * 2**33 - 1
 
 
-@QUIET
+@settings(QUIET, max_examples=40)
 @given(st.data())
 @pytest.mark.parametrize("kind", ["one", "items"])
 def test_the_parts_of_a_partition_make_the_whole(kind, data):
-    whole, boxes = data.draw(partitions(long_rows=True))
+    whole, boxes = data.draw(partitions(size=4, long_rows=True))
     seed = seeds_of(kind, whole)
     parts = torch.full(whole, math.nan)
     for start, shape in boxes:
@@ -65,7 +65,7 @@ def test_the_parts_of_a_partition_make_the_whole(kind, data):
 def test_parts_of_the_latent_layer_are_those_of_the_whole(kind, backend):
     """z by bits and gradients to rounding, in every dim and with samples."""
 
-    @QUIET
+    @settings(QUIET, max_examples=60 if backend == "cpu" else 3)
     @given(partitions(rank=4, size=5), st.lists(st.integers(1, 3), max_size=2).map(tuple), st.booleans())
     def check(partition, samples, density):
         whole, boxes = partition
@@ -100,7 +100,7 @@ def test_every_rank_up_to_five_in_triton(monkeypatch):
     try:
         whole = (3, 4, 5, 6, 7)
         want = torch.from_numpy(oracle.randn(5, math.prod(whole))).view(whole)
-        for cut in range(2, 32):  # which dims are cut
+        for cut in range(2, 32, 3):  # which dims are cut
             start = tuple(1 if cut >> dim & 1 else 0 for dim in range(5))
             shape = tuple(size - 2 * first for size, first in zip(whole, start, strict=True))
             got = rk.randn(shape, seed=5, window=(whole, start))
@@ -140,8 +140,9 @@ def test_4096_ranks_of_2_to_the_40_elements():
                     index += row % size * stride
                     row //= size
                 assert index == want
-                local = (torch.tensor(corner) * torch.tensor([shape[1] * shape[2], shape[2], 1])).sum()
-                assert index_in_whole(local, shape, window, 1) == want
+                if a % 16 == b % 8 == 3:
+                    local = torch.tensor((corner[0] * shape[1] + corner[1]) * shape[2] + corner[2])
+                    assert index_in_whole(local, shape, window, 1) == want
             assert group == 2**40
     assert math.prod(shape) * 4096 == 2**40
 
