@@ -44,7 +44,7 @@ test-torch:
 
 # DTensors and data parallelism with four processes; make test has two.
 test-distributed: $(VENV)/.ready
-	$(RUN) -m pytest -m 'distributed or not distributed' tests/test_distributed.py
+	$(RUN) -m pytest -m 'distributed or not distributed' tests/test_distributed.py tests/test_vae.py
 
 test-gpu-code: $(VENV)/.ready
 	$(RUN) -m pytest tests/test_gpu_code.py -m 'gpu_code or not gpu_code'

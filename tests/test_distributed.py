@@ -12,21 +12,20 @@ from tests import distributed_driver
 def run(tmp_path, world):
     """Run the driver in each process. If one fails, the others would wait for it."""
     command = [sys.executable, "-m", "tests.distributed_driver"]
-    files = [open(tmp_path / str(rank), "w") for rank in range(world)]
-    runs = [
-        subprocess.Popen([*command, str(rank), str(world), str(tmp_path / "store")], stdout=file, stderr=file)
-        for rank, file in enumerate(files)
-    ]
+    runs = []
+    for rank in range(world):
+        with open(tmp_path / str(rank), "w") as file:
+            given = [*command, str(rank), str(world), str(tmp_path / "store")]
+            runs.append(subprocess.Popen(given, stdout=file, stderr=file))
     end = time.monotonic() + 240
     try:
         while any(run.poll() is None for run in runs) and not any(run.poll() for run in runs):
             assert time.monotonic() < end
             time.sleep(0.1)
     finally:
-        for run, file in zip(runs, files, strict=True):
+        for run in runs:
             run.kill()
             run.wait()
-            file.close()
     outputs = [(tmp_path / str(rank)).read_text() for rank in range(world)]
     for run, output in zip(runs, outputs, strict=True):
         assert run.returncode == 0, output

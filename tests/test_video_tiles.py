@@ -35,5 +35,6 @@ def test_noise_of_its_own_spreads_less_where_tiles_overlap(model, clip):
 
 
 def test_the_picture_is_drawn(model, clip, tmp_path):
-    path = video.picture(model, clip, {"whole": torch.zeros(8, 4, 4, 16, 16)}, tmp_path / "v.png")
+    ways = dict.fromkeys(("whole", "tiles"), torch.zeros(8, 4, 4, 16, 16))
+    path = video.picture(model, clip, ways, tmp_path / "v.png")
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -65,8 +65,14 @@ def test_the_parts_of_a_partition_make_the_whole(kind, data):
 def test_parts_of_the_latent_layer_are_those_of_the_whole(kind, backend):
     """z by bits and gradients to rounding, in every dim and with samples."""
 
-    @settings(QUIET, max_examples=60 if backend == "cpu" else 3)
-    @given(partitions(rank=4, size=5), st.lists(st.integers(1, 3), max_size=2).map(tuple), st.booleans())
+    quick = backend == "cpu"  # and the interpreter is not
+
+    @settings(QUIET, max_examples=60 if quick else 3)
+    @given(
+        partitions(rank=4 if quick else 3, size=5 if quick else 4),
+        st.lists(st.integers(1, 3), max_size=2).map(tuple),
+        st.booleans(),
+    )
     def check(partition, samples, density):
         whole, boxes = partition
         seed = seeds_of(kind, whole)

@@ -69,7 +69,6 @@ struct CounterList {
     count += needed;
     return length;
   }
-
 };
 
 // Writes the normals of all indices of a list where they belong in `out`, and empties the list. It writes up to 15
@@ -79,9 +78,12 @@ inline void make_normals(CounterList& list, int64_t seed, float* __restrict out)
   alignas(64) uint32_t radius[2 * kRoom], angle[2 * kRoom];
   alignas(64) float normals[4 * kRoom];
   const int count = list.count;
+  if (count < 0 || count > CounterList::kMost)
+    __builtin_unreachable();  // else 2 count may wrap, and GCC vectorises less
   const Lanes zero{};
 #pragma GCC unroll 8
-  for (int i = 0; i < kBlock; i += kLanes) std::memcpy(list.counters + count + i, &zero, sizeof zero);  // the last block
+  for (int i = 0; i < kBlock; i += kLanes)
+    std::memcpy(list.counters + count + i, &zero, sizeof zero);  // the last block
   philox_words<kBlock / 4>(seed, Listed{list.counters}, count, radius, angle);
   box_muller_pairs(radius, angle, count, normals);
   for (int k = 0; k < list.n_parts; ++k) {

@@ -114,8 +114,8 @@ REPARAM_INLINE void philox_block(int64_t seed, const Counters& counters, int at,
 
 constexpr int kBlock = 8 * kLanes;  // counters
 
-// Makes whole blocks, so it writes up to kBlock counters' words more than asked for. More than kFew counters are worth a
-// block.
+// Makes whole blocks, so it writes up to kBlock counters' words more than asked for. More than kFew counters are worth
+// a block.
 template <int kFew = kBlock / 2, class Counters>
 inline void philox_words(int64_t seed, const Counters& counters, int count, uint32_t* radius, uint32_t* angle) {
   int i = 0;
