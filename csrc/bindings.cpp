@@ -70,8 +70,8 @@ void set_window(EpsSource& eps, const Window& window, const BorrowedTensor& shap
       throw_invalid("window");
     if (each && i == 0) break;  // the index restarts in each item
     strides[i] = n;
-    origin += start[i] * n;
     if (__builtin_mul_overflow(n, whole[i] > 1 ? whole[i] : 1, &n) || n > kMaxSpan) throw_invalid("window");
+    origin += start[i] * strides[i];
   }
   eps.windowed = true;
   eps.window_start = origin;
