@@ -8,7 +8,7 @@ WHY_ARGS ?=
 BENCH_ARGS ?=
 TEST_ARGS ?= -n auto --dist worksteal
 
-.PHONY: demo parity why test test-slow test-arm test-gpu-code test-integrations test-torch \
+.PHONY: demo parity why test test-slow test-arm test-gpu-code test-distributed test-integrations test-torch \
 	quality sanitize fuzz extremes determinism faults scale supply bench results lint pins clean
 
 demo: $(VENV)/.ready
@@ -41,6 +41,10 @@ test-integrations: $(VENV)-integrations/.ready $(VENV)-integrations-old/.ready
 test-torch:
 	@test -n '$(TORCH)' || { echo 'make test-torch: say which torch, as in TORCH=2.11.0'; exit 2; }
 	PIP_ARGS='$(PIP_ARGS)' $(PYTHON) -m tests.versions $(TORCH) $(TEST_ARGS)
+
+# DTensors and data parallelism with four processes; make test has two.
+test-distributed: $(VENV)/.ready
+	$(RUN) -m pytest -m 'distributed or not distributed' tests/test_distributed.py tests/test_vae.py
 
 test-gpu-code: $(VENV)/.ready
 	$(RUN) -m pytest tests/test_gpu_code.py -m 'gpu_code or not gpu_code'

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <string>
+#include <vector>
 
 #include "core/borrowed_tensor.h"
 #include "ops/latent.h"
@@ -49,13 +50,42 @@ void set_seed(EpsSource& eps, const BorrowedTensor& seed, const BorrowedTensor& 
   eps.group = count > 1 ? eps.n / count : eps.n;
 }
 
+// The place of a call's tensor in a larger one; both empty without a window.
+struct Window {
+  std::vector<int64_t> whole, start;
+};
+
+// `shape` holds the elements of `eps`, in which each seed has its own; set_seed comes first.
+void set_window(EpsSource& eps, const Window& window, const BorrowedTensor& shape) {
+  const auto& [whole, start] = window;
+  if (whole.empty() && start.empty()) return;
+  const int ndim = shape.t.ndim;
+  if ((int)whole.size() != ndim || (int)start.size() != ndim) throw_invalid("window");
+  const bool each = eps.group != eps.n;  // has a seed
+  int64_t n = 1, origin = 0;
+  std::vector<int64_t> strides(ndim);
+  for (int i = ndim - 1; i >= 0; --i) {
+    int64_t end;
+    if (start[i] < 0 || __builtin_add_overflow(start[i], shape.t.shape[i], &end) || end > whole[i])
+      throw_invalid("window");
+    if (each && i == 0) break;  // the index restarts in each item
+    strides[i] = n;
+    if (__builtin_mul_overflow(n, whole[i] > 1 ? whole[i] : 1, &n) || n > kMaxSpan) throw_invalid("window");
+    origin += start[i] * strides[i];
+  }
+  eps.windowed = true;
+  eps.window_start = origin;
+  eps.window_group = n;
+  eps.window = coalesced(shape.t.shape, strides.data(), ndim);
+}
+
 void require_isa(const std::string& name) {
   if (!set_isa(name)) throw_invalid("isa");
 }
 
 // ---- noise
 
-void randn(py::handle seed_, py::handle out_, int threads) {
+void randn(py::handle seed_, py::handle out_, int threads, std::vector<int64_t> whole, std::vector<int64_t> start) {
   const BorrowedTensor seed("seed", seed_), out("out", out_);
   if (!seed) throw_invalid("seed");
   if (!out) throw_invalid("out");
@@ -63,6 +93,7 @@ void randn(py::handle seed_, py::handle out_, int threads) {
   a.use_f64 = out.dtype() == Dtype::f64;
   a.eps.n = out.numel();
   set_seed(a.eps, seed, out);
+  set_window(a.eps, {std::move(whole), std::move(start)}, out);
   out.check_contiguous();
   a.out = out.operand();
   out.will_be_written();
@@ -97,16 +128,22 @@ py::bytes test_eps(int64_t seed, int64_t first, int n) {
 
 // ---- the latent layer
 
-Options make_options(Param param, double min_std, bool clamped, double low, double high, int event_ndim,
-                     bool minus_log_p, bool tanh, bool path_derivative) {
+struct CallOptions : Options {
+  Window window;
+};
+
+CallOptions make_options(Param param, double min_std, bool clamped, double low, double high, int event_ndim,
+                         bool minus_log_p, bool tanh, bool path_derivative, std::vector<int64_t> whole,
+                         std::vector<int64_t> start) {
   if (param < Param::logvar || param > Param::softplus) throw_invalid("param");  // Python makes an enum of any int
   if (minus_log_p && tanh) throw_invalid("tanh");
   if (event_ndim < 0) throw_invalid("event_ndim");
-  return {param, min_std, clamped, low, high, event_ndim, minus_log_p, tanh, path_derivative};
+  return {{param, min_std, clamped, low, high, event_ndim, minus_log_p, tanh, path_derivative},
+          {std::move(whole), std::move(start)}};
 }
 
 // Makes the arguments that forward and backward share. `z` is z or dz, `kl` is kl or dkl, `log_q` is log_q or dlog_q.
-LatentArguments latent_arguments(const Options& options, const BorrowedTensor& mu, const BorrowedTensor& x,
+LatentArguments latent_arguments(const CallOptions& options, const BorrowedTensor& mu, const BorrowedTensor& x,
                                  const BorrowedTensor& mu_p, const BorrowedTensor& x_p, const BorrowedTensor& seed,
                                  const BorrowedTensor& eps, const BorrowedTensor& z, const BorrowedTensor& kl,
                                  const BorrowedTensor& log_q) {
@@ -142,7 +179,12 @@ LatentArguments latent_arguments(const Options& options, const BorrowedTensor& m
   }
   if (z || log_q) {
     if (!seed == !eps) throw_invalid("seed");
-    if (seed) set_seed(a.eps, seed, mu);
+    if (seed) {
+      set_seed(a.eps, seed, mu);
+      set_window(a.eps, options.window, mu);
+      int64_t all;
+      if (__builtin_mul_overflow(a.eps.window_group, a.samples, &all) || all > kMaxSpan) throw_invalid("window");
+    }
     eps.check_dtype(dtype);
     if (eps) {  // with as many samples, in any sample shape
       const int dims = eps.t.ndim - mu.t.ndim;
@@ -166,7 +208,7 @@ LatentArguments latent_arguments(const Options& options, const BorrowedTensor& m
 
 constexpr const char* kForward[] = {"mu", "x", "mu_p", "x_p", "seed", "eps", "z", "kl", "log_q"};
 
-void latent_forward(const Options& options, int threads, const Tensors<std::size(kForward)>& tensors) {
+void latent_forward(const CallOptions& options, int threads, const Tensors<std::size(kForward)>& tensors) {
   const auto& [mu, x, mu_p, x_p, seed, eps, z, kl, log_q] = tensors;
   if (log_q && !z) throw_invalid("z");
   LatentArguments a = latent_arguments(options, mu, x, mu_p, x_p, seed, eps, z, kl, log_q);
@@ -182,7 +224,7 @@ void latent_forward(const Options& options, int threads, const Tensors<std::size
 constexpr const char* kBackward[] = {"mu",  "x",      "mu_p", "x_p", "seed",  "eps", "dz",
                                      "dkl", "dlog_q", "dmu",  "dx",  "dmu_p", "dx_p"};
 
-void latent_backward(const Options& options, int threads, const Tensors<std::size(kBackward)>& tensors) {
+void latent_backward(const CallOptions& options, int threads, const Tensors<std::size(kBackward)>& tensors) {
   const auto& [mu, x, mu_p, x_p, seed, eps, dz, dkl, dlog_q, dmu, dx, dmu_p, dx_p] = tensors;
   LatentArguments a = latent_arguments(options, mu, x, mu_p, x_p, seed, eps, dz, dkl, dlog_q);
   for (const BorrowedTensor* t : {&dmu, &dx, &dmu_p, &dx_p}) {
@@ -261,7 +303,7 @@ MixtureArguments mixture_arguments(const Options& options, const BorrowedTensor&
 
 constexpr const char* kMixtureForward[] = {"z", "mu", "x", "log_weights", "joint", "dims", "joint_sums", "dims_sums"};
 
-void mixture_forward(const Options& options, int threads, const Tensors<std::size(kMixtureForward)>& tensors) {
+void mixture_forward(const CallOptions& options, int threads, const Tensors<std::size(kMixtureForward)>& tensors) {
   const auto& [z, mu, x, log_weights, joint, dims, joint_sums, dims_sums] = tensors;
   const MixtureArguments a = mixture_arguments(options, z, mu, x, log_weights, joint, dims, joint_sums, dims_sums);
   joint.check_contiguous();
@@ -273,7 +315,7 @@ void mixture_forward(const Options& options, int threads, const Tensors<std::siz
 constexpr const char* kMixtureBackward[] = {"z",          "mu",        "x",  "log_weights", "djoint", "ddims",
                                             "joint_sums", "dims_sums", "dz", "dmu",         "dx",     "dlog_weights"};
 
-void mixture_backward(const Options& options, int threads, const Tensors<std::size(kMixtureBackward)>& tensors) {
+void mixture_backward(const CallOptions& options, int threads, const Tensors<std::size(kMixtureBackward)>& tensors) {
   const auto& [z, mu, x, log_weights, djoint, ddims, joint_sums, dims_sums, dz, dmu, dx, dlog_weights] = tensors;
   MixtureArguments a = mixture_arguments(options, z, mu, x, log_weights, djoint, ddims, joint_sums, dims_sums);
   if (djoint && !joint_sums) throw_invalid("joint_sums");
@@ -305,7 +347,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &require_isa, py::arg("isa"));
   m.def("has_openmp", &has_openmp);
 
-  m.def("randn", &randn, py::arg("seed"), py::arg("out"), py::arg("threads"));
+  m.def("randn", &randn, py::arg("seed"), py::arg("out"), py::arg("threads"), py::arg("whole") = py::tuple(),
+        py::arg("start") = py::tuple());
   m.def("test_philox", &test_philox, py::arg("counter"), py::arg("key"));
   m.def("test_box_muller", &test_box_muller, py::arg("radius"), py::arg("angle"));
   m.def("test_eps", &test_eps, py::arg("seed"), py::arg("first"), py::arg("n"));
@@ -315,10 +358,10 @@ PYBIND11_MODULE(_C, m) {
       .value("logstd", Param::logstd)
       .value("std", Param::std)
       .value("softplus", Param::softplus);
-  py::class_<Options>(m, "Options")
+  py::class_<CallOptions>(m, "Options")
       .def(py::init(&make_options), py::arg("param"), py::arg("min_std"), py::arg("clamped"), py::arg("low"),
            py::arg("high"), py::arg("event_ndim") = 0, py::arg("minus_log_p") = false, py::arg("tanh") = false,
-           py::arg("path_derivative") = false);
+           py::arg("path_derivative") = false, py::arg("whole") = py::tuple(), py::arg("start") = py::tuple());
   def_op(m, "latent_forward", kForward, &latent_forward);
   def_op(m, "latent_backward", kBackward, &latent_backward);
   def_op(m, "mixture_forward", kMixtureForward, &mixture_forward);

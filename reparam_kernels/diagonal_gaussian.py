@@ -9,6 +9,7 @@ from torch import Tensor, distributions
 from .core import checks
 from .core.dtypes import compute_dtype
 from .core.execute import execute
+from .core.window import Window
 from .ops.latent.arguments import Arguments, Density, make_arguments, unpacked
 from .ops.latent.formula import clamped, log_sigma, sigma_of
 from .ops.latent.op import LATENT
@@ -110,9 +111,10 @@ class DiagonalGaussian:
         seed: Any = None,
         generator: torch.Generator | None = None,
         eps: Tensor | None = None,
+        window: Window | None = None,
     ) -> Tensor:
         """Draw z of shape sample_shape + mu.shape, with gradients. The keywords are those of reparameterize."""
-        noise = {"seed": seed, "generator": generator, "eps": eps}
+        noise = {"seed": seed, "generator": generator, "eps": eps, "window": window}
         return execute(LATENT, self._arguments(z=True, sample_shape=sample_shape, **noise))[0]  # type: ignore[return-value]
 
     def sample(
@@ -122,10 +124,11 @@ class DiagonalGaussian:
         seed: Any = None,
         generator: torch.Generator | None = None,
         eps: Tensor | None = None,
+        window: Window | None = None,
     ) -> Tensor:
         """Draw z as rsample does, without gradients."""
         with torch.no_grad():
-            return self.rsample(sample_shape, seed=seed, generator=generator, eps=eps)
+            return self.rsample(sample_shape, seed=seed, generator=generator, eps=eps, window=window)
 
     def kl(self, other: "DiagonalGaussian | distributions.Normal | None" = None) -> Tensor:
         """Compute KL(self || other), with gradients to both; other is N(0, I) by default.
@@ -142,9 +145,10 @@ class DiagonalGaussian:
         seed: Any = None,
         generator: torch.Generator | None = None,
         eps: Tensor | None = None,
+        window: Window | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute (rsample(sample_shape), kl(other)) in one pass."""
-        noise = {"seed": seed, "generator": generator, "eps": eps}
+        noise = {"seed": seed, "generator": generator, "eps": eps, "window": window}
         prior = self._prior(other)
         arguments = self._arguments(z=True, kl=True, prior=prior, sample_shape=sample_shape, **noise)
         return execute(LATENT, arguments)[:2]  # type: ignore[return-value]
@@ -156,10 +160,11 @@ class DiagonalGaussian:
         seed: Any = None,
         generator: torch.Generator | None = None,
         eps: Tensor | None = None,
+        window: Window | None = None,
         path_derivative: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Compute (z, log q(z)) of rsample(sample_shape) in one pass, as reparameterize_log_prob does."""
-        noise = {"seed": seed, "generator": generator, "eps": eps}
+        noise = {"seed": seed, "generator": generator, "eps": eps, "window": window}
         density = Density(path_derivative=path_derivative)
         arguments = self._arguments(z=True, sample_shape=sample_shape, density=density, **noise)
         z, _, log_q = execute(LATENT, arguments)
@@ -172,10 +177,11 @@ class DiagonalGaussian:
         seed: Any = None,
         generator: torch.Generator | None = None,
         eps: Tensor | None = None,
+        window: Window | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute the same without gradients."""
         with torch.no_grad():
-            return self.rsample_and_log_prob(sample_shape, seed=seed, generator=generator, eps=eps)
+            return self.rsample_and_log_prob(sample_shape, seed=seed, generator=generator, eps=eps, window=window)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Compute log N(z; mu, sigma^2) in nats, summed over the event dims, in float32 (float64 for float64)."""

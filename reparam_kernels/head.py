@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .core import checks
+from .core import window as windows
+from .core.window import Window
 from .ops.latent import Prior, kl_divergence, reparameterize_kl
 from .ops.latent.arguments import check_options
 
@@ -67,6 +69,7 @@ class GaussianHead(nn.Module):
         seed: Any = None,
         generator: torch.Generator | None = None,
         eps: Tensor | None = None,
+        window: Window | None = None,
         sample_shape: tuple[int, ...] = (),
         prior: Prior | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -76,11 +79,22 @@ class GaussianHead(nn.Module):
         if self.mean_in_eval and not self.training:
             checks.one_source("GaussianHead", seed, generator, eps)
             sample_shape = checks.sizes("GaussianHead", "sample_shape", sample_shape)
+            if window is not None:
+                windows.no_eps("GaussianHead", window, eps)
+                windows.check("GaussianHead", window, tuple(mu.shape), sample_shape)
             mean = mu.expand(*sample_shape, *mu.shape)
             z = mean.clone(memory_format=torch.contiguous_format)  # z may change in place, and backward of kl needs mu
             return z, kl_divergence(mu, x, prior=prior, **options)
         return reparameterize_kl(
-            mu, x, seed=seed, generator=generator, eps=eps, sample_shape=sample_shape, prior=prior, **options
+            mu,
+            x,
+            seed=seed,
+            generator=generator,
+            eps=eps,
+            window=window,
+            sample_shape=sample_shape,
+            prior=prior,
+            **options,
         )
 
     def extra_repr(self) -> str:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .core import checks
-from .core.seeds import make_seed
+from .core import window as windows
+from .core.window import Window
 from .ops import latent, mixture
 from .ops.latent.arguments import Density, make_arguments
 from .ops.latent.op import LATENT
@@ -33,6 +34,7 @@ def randn(
     *size: Any,
     seed: Any = None,
     generator: torch.Generator | None = None,
+    window: Window | None = None,
     dtype: torch.dtype | None = None,
     device: Any = None,
 ) -> Tensor:
@@ -41,8 +43,8 @@ def randn(
     checks.float_dtype("reference.randn", dtype)
     shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
     where = torch.device(device) if device is not None else torch.get_default_device()
-    seed = make_seed("reference.randn", seed, generator, where, shape[0] if shape else None)
-    return reference_noise(seed, shape).float().to(dtype or torch.get_default_dtype())
+    seed, place = windows.place("reference.randn", seed, generator, where, shape, window)
+    return reference_noise(seed, shape, 1, place).float().to(dtype or torch.get_default_dtype())
 
 
 def _in_plain_torch(

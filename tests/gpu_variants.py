@@ -94,6 +94,7 @@ def main() -> Iterator[Variant]:
         yield variant("latent, prior", (4096, 128), dtype, prior="tensors")
         yield variant("kl alone", (4096, 128), dtype, kl_only=True)
     yield density_variant("plain", "float32")
+    yield density_variant("window", "float32", window=((8192, 256), (7, 5)))
     yield density_variant("tanh", "float32", squash="tanh")
     yield density_variant("Monte Carlo KL", "float32", prior=True)
     yield mixture_variant("both", "float32")
@@ -118,6 +119,11 @@ def every() -> Iterator[Variant]:
     for dtype in ("float32", "bfloat16", "float16"):
         seeds = torch.arange(1024)
         yield variant("numbers as prior", (1024, 256), dtype, prior=(0.5, -1.0))
+        for name, place in (("odd start", (3, 5)), ("start of fours", (4, 8))):
+            yield variant(f"window, {name}", (1024, 256), dtype, window=((4096, 512), place))
+        yield variant("window, samples", (1024, 256), dtype, window=((4095, 511), (4, 8)), sample_shape=(3,))
+        yield variant("window, seeds", (1024, 255), dtype, window=((2048, 511), (9, 8)), seed=torch.arange(2048))
+        yield variant("window, tile", (4, 4, 8, 32, 32), dtype, window=((4, 4, 20, 64, 64), (0, 0, 5, 16, 24)))
         yield variant("clamp", (1024, 256), dtype, clamp=(-5.0, 5.0))
         yield variant("elementwise", (1024, 256), dtype, event_ndim=0)
         yield variant("samples", (1024, 256), dtype, sample_shape=(4,))

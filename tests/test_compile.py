@@ -29,6 +29,7 @@ CASES = {
     "softplus": lambda mu, x: rk.reparameterize_kl(mu, x, param="softplus", min_std=0.1, clamp=(-1.0, 1.0)),
     "samples": lambda mu, x: rk.reparameterize(mu, x, sample_shape=(2,)),
     "eps": lambda mu, x: rk.reparameterize(mu, x, eps=x),
+    "window": lambda mu, x: rk.reparameterize_kl(mu, x, window=((9, 8), (3, 1))),
     "elementwise": lambda mu, x: rk.kl_divergence(mu, x, event_ndim=0),
     "packed": lambda mu, x: rk.DiagonalGaussian.from_moments(torch.cat([mu, x], 1)).rsample_kl(),
 }
@@ -75,7 +76,8 @@ def test_one_graph_matches_eager(op, dynamic):
 
 def test_inductor_draws_what_eager_draws():
     leaves = inputs(4, 6)
-    assert_same(results(torch.compile(CASES["both"], fullgraph=True), leaves), results(CASES["both"], leaves))
+    for case in ("both", "window"):
+        assert_same(results(torch.compile(CASES[case], fullgraph=True), leaves), results(CASES[case], leaves))
 
 
 def other_of(mu, x, mu_p, x_p):
@@ -131,6 +133,22 @@ def test_a_new_seed_or_batch_does_not_recompile():
     for batch, seed in ((4, 7), (9, 8), (13, 1 << 40), (2, 0)):
         mu, x = inputs(batch, 6)
         assert torch.equal(f(mu, x, seed)[0], rk.reparameterize(mu, x, seed=seed))
+    assert count.frame_count == 1
+
+
+def test_a_new_window_does_not_recompile():
+    """The first start of 0 and the first change of a number are compiled as always, then none is."""
+    count = CompileCounter()
+    f = torch.compile(
+        lambda m, v, whole, start: rk.reparameterize_kl(m, v, seed=3, window=((whole, 9), (start, 2))),
+        backend=count,
+        fullgraph=True,
+        dynamic=True,
+    )
+    mu, x = inputs(4, 6)
+    for whole, start in ((20, 5), (21, 6), (1000, 77), (2**40, 2**39)):
+        got = f(mu, x, whole, start)[0]
+        assert torch.equal(got, rk.reparameterize(mu, x, seed=3, window=((whole, 9), (start, 2))))
     assert count.frame_count == 1
 
 
@@ -319,8 +337,9 @@ def op_arguments(requires_grad, **options):
         {"prior": ()},
         {"param": "softplus", "min_std": 0.1, "clamp": (-1.0, 1.0)},
         {"sample_shape": (2,), "event_ndim": 0},
+        {"window": ((9, 9), (3, 1))},
     ],
-    ids=["plain", "prior", "softplus", "samples"],
+    ids=["plain", "prior", "softplus", "samples", "window"],
 )
 def test_opcheck(requires_grad, options):
     args = op_arguments(requires_grad, **options)
@@ -330,6 +349,7 @@ def test_opcheck(requires_grad, options):
     wanted = [t is not None for t in args[:4]]
     torch.library.opcheck(torch.ops.reparam_kernels.latent_backward.default, (*args, dz, dkl, None, wanted))
     torch.library.opcheck(torch.ops.reparam_kernels.noise.default, (torch.arange(3), [2, 6, 5], 2))
+    torch.library.opcheck(torch.ops.reparam_kernels.noise.default, (torch.arange(1), [2, 6, 5], 2, [9, 9], [3, 1]))
     if not requires_grad:  # launches have no autograd
         torch.library.opcheck(torch.ops.reparam_kernels.latent_launch.default, LATENT.to_launch(args))
         launch = (*LATENT.to_launch(args, wanted), dz, dkl, None)

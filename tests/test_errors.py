@@ -14,6 +14,7 @@ from reparam_kernels.ops.latent.arguments import make_arguments
 pytestmark = pytest.mark.usefixtures("says_where")
 
 MU, X = torch.zeros(64, 32), torch.zeros(64, 32)
+ASK_WINDOW = "Pass window=(whole_shape, start), for example ((64, 20), (16, 0)) for rows 16 and up of 64."
 ASK_SEED = "Pass an int in [-2**63, 2**64), or an int64 tensor on mu's device."
 
 CASES = {
@@ -282,6 +283,52 @@ CASES = {
         TypeError,
         "DiagonalGaussian.kl: other must be a DiagonalGaussian or a torch.distributions.Normal; got tuple. "
         "Make one of the prior's mu and logvar; sample_shape goes by its keyword.",
+    ),
+    "a window that is no pair": (
+        lambda: rk.randn(3, seed=1, window=(5, 2, 1)),
+        TypeError,
+        f"randn: window must be a pair (whole_shape, start); got 3 items. {ASK_WINDOW}",
+    ),
+    "a window's numbers": (
+        lambda: rk.reparameterize(MU, X, window=((128.0, 32), (0, 0))),
+        TypeError,
+        f"reparameterize: each of the whole shape of window must be an int; got float. {ASK_WINDOW}",
+    ),
+    "a window's dims": (
+        lambda: rk.reparameterize_kl(MU, X, window=((128,), (64,))),
+        ValueError,
+        "reparameterize_kl: window must have one size and one start for each of the 2 dims; got 1 sizes and 1 starts. "
+        f"{ASK_WINDOW}",
+    ),
+    "a window that does not hold mu": (
+        lambda: rk.DiagonalGaussian(MU, X).rsample(window=((100, 32), (64, 0))),
+        ValueError,
+        "DiagonalGaussian: window must hold a tensor of shape (64, 32) inside the whole; got the whole shape (100, 32) "
+        "and start (64, 0). Correct one of them.",
+    ),
+    "a window in too large a whole": (
+        lambda: rk.reparameterize(MU, X, sample_shape=(4,), window=((2**40, 2**21), (0, 0))),
+        ValueError,
+        "reparameterize: window must lie in a whole of at most 2**62 elements; got "
+        "(4, 1099511627776, 2097152) with the samples. Give each item a seed, and call once for each group of items.",
+    ),
+    "a window and eps": (
+        lambda: rk.reparameterize(MU, X, eps=MU, window=((128, 32), (0, 0))),
+        ValueError,
+        "reparameterize: window goes with noise that the call makes; got eps and window. Cut eps to the window before "
+        "the call, and leave window out.",
+    ),
+    "seeds of a window": (
+        lambda: rk.reparameterize(MU, X, seed=torch.arange(64), window=((128, 32), (64, 0))),
+        ValueError,
+        "reparameterize: a seed tensor must have one element, or shape (128,), one for each leading item; "
+        "got shape (64,). Give one seed for the call, or one for each item of the leading dim.",
+    ),
+    "a window of a head in eval": (
+        lambda: rk.GaussianHead(32, 2, mean_in_eval=True).eval()(MU, window=((4, 2), (0, 0))),
+        ValueError,
+        "GaussianHead: window must hold a tensor of shape (64, 2) inside the whole; got the whole shape (4, 2) and "
+        "start (0, 0). Correct one of them.",
     ),
 }
 

@@ -37,6 +37,8 @@ BUDGET = {
     ("latent, a row a program float32", "backward_kernel"): (66, 88),
     ("latent, D of 20 float32", "forward_kernel"): (73, 88),
     ("latent, D of 20 float32", "backward_kernel"): (74, 88),
+    ("window, start of fours float32", "forward_kernel"): (70, 88),
+    ("window, start of fours float32", "backward_kernel"): (73, 88),
     ("huge rows float32", "forward_kernel"): (64, 88),
     ("huge rows float32", "backward_kernel"): (68, 88),
     ("packed channels bfloat16", "forward_kernel"): (68, 88),

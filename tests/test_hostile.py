@@ -83,6 +83,13 @@ for value in (0, -1, 2**31, 2**63 - 1, 2**63, 2**64, -(2**63), 1e300, float("nan
     attempt(lambda: _C.test_box_muller(value, value))
     attempt(lambda: _C.Options(value, value, value, value, value))
     attempt(lambda: _C.set_isa(value))
+    for numbers in ((value,), (value, 9), (9, value), value):
+        attempt(lambda: _C.randn(torch.tensor([1]), torch.zeros(2, 3), 1, numbers, (0, 0)))
+        attempt(lambda: _C.randn(torch.tensor([1, 2]), torch.zeros(2, 3), 1, (9, 9), numbers))
+        windowed = attempt(lambda: _C.Options(_C.Param.std, 0.0, False, 0.0, 0.0, whole=numbers, start=(0, 1)))
+        outputs = torch.zeros(2, 3), None, None
+        args = torch.ones(2, 3), torch.ones(2, 3), None, None, torch.tensor([1]), None
+        attempt(lambda: _C.latent_forward(windowed, 1, *args, *outputs))
     attempt(lambda: _C.Options(_C.Param(value), 0.0, False, 0.0, 0.0))
 for value in (-1, 4, 17, 2**31 - 1):
     assert attempt(lambda: _C.Options(_C.Param(value), 0.0, False, 0.0, 0.0)) is None

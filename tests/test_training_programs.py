@@ -245,20 +245,6 @@ def test_data_parallel_heads_learn_as_one(wrap):
     assert a == b == ["True"]
 
 
-def test_a_dtensor_is_refused_with_a_clear_error():
-    a, b = processes("""
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.tensor import Shard, distribute_tensor
-        mu = distribute_tensor(torch.zeros(4, 6), init_device_mesh("cpu", (2,)), [Shard(0)])
-        try:
-            rk.reparameterize(mu, mu)
-        except TypeError as error:
-            print(str(error).replace(" ", "_"))
-    """)
-    assert a == b
-    assert "must_be_tensors_of_this_process;_got_DTensor" in a[0]
-
-
 # ---- threads
 
 

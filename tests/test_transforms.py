@@ -19,6 +19,7 @@ CASES = {
     "softplus": lambda mu, x: sum_of(rk.reparameterize_kl(mu, x, seed=SEED, param="softplus", min_std=0.1)),
     "samples": lambda mu, x: rk.reparameterize(mu, x, seed=SEED, sample_shape=(2,)).sum(0),
     "clamp": lambda mu, x: sum_of(rk.reparameterize_kl(mu, x, seed=SEED, clamp=(-0.5, 0.5))),
+    "window": lambda mu, x: sum_of(rk.reparameterize_kl(mu, x, seed=SEED, window=((5, 7), (2, 3)))),
     "packed": lambda mu, x: sum_of(rk.DiagonalGaussian.from_moments(torch.cat([mu, x], 1)).rsample_kl(seed=SEED)),
 }
 ops = pytest.mark.parametrize("op", CASES.values(), ids=CASES)

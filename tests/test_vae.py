@@ -1,5 +1,6 @@
 """The reference VAE learns, resumes to the same numbers, and agrees with its two other implementations."""
 
+import csv
 import subprocess
 import sys
 from dataclasses import replace
@@ -60,8 +61,44 @@ def test_held_out_elbo_agrees_with_the_tutorial_vae(digits):
     assert abs(gap_in_errors(elbos_by_impl)) > 4.6
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, "-m", "examples.vae", *map(str, arguments)], capture_output=True, text=True)
+def run(*arguments, processes=None):
+    command = [sys.executable, "-W", "ignore"]
+    if processes is not None:
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    return subprocess.run([*command, "-m", "examples.vae", *map(str, arguments)], capture_output=True, text=True)
+
+
+def check_that_processes_do_not_change_the_losses(digits, folder, processes):
+    """70 of the last batch's rows are fewer than the others, so the processes share them unevenly."""
+    options = replace(SHORT, epochs=2, hidden=16, batch=123)
+    given = ("--epochs", 2, "--hidden", 16, "--batch", 123, "--out", folder)
+    done = run("--distributed", *given, processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("images to train on") == done.stdout.count("pictures:") == 1
+    _, want = train(digits, options, quiet=True)
+    with open(folder / "kernels.csv") as file:
+        got = list(csv.DictReader(file))
+    for row, wanted in zip(got, want, strict=True):
+        assert {name: float(value) for name, value in row.items()} == pytest.approx(wanted, rel=1e-6)
+
+
+def test_two_processes_do_not_change_the_losses(digits, tmp_path):
+    check_that_processes_do_not_change_the_losses(digits, tmp_path, 2)
+
+
+@pytest.mark.distributed
+def test_four_processes_do_not_change_the_losses(digits, tmp_path):
+    check_that_processes_do_not_change_the_losses(digits, tmp_path, 4)
+
+
+def test_distributed_training_needs_torchrun_and_noise_that_does_not_depend_on_it():
+    for arguments, words in (
+        ([], "must be started by torchrun"),
+        (["--impl", "plain"], "must be kernels or reference"),
+    ):
+        done = run("--distributed", *arguments)
+        assert done.returncode != 0
+        assert words in done.stderr
 
 
 def test_command_draws_its_pictures(tmp_path):

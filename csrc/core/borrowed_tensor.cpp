@@ -13,9 +13,6 @@ namespace {
 const dlpack::ExchangeApi* exchange = nullptr;
 PyObject *tensor_type = nullptr, *parameter_type = nullptr;
 
-// The limit on a tensor's elements and on its span. Beyond it, the arithmetic of the kernels would overflow.
-constexpr int64_t kMaxSpan = (int64_t)1 << 62;
-
 // A view may claim any size through strides of 0, and an empty one may have any strides. An empty dim counts as one, so
 // that the product of any of the dims stays in bounds.
 bool extent_is_valid(const dlpack::Tensor& t) {
@@ -111,13 +108,10 @@ bool BorrowedTensor::same_sizes(int from, const BorrowedTensor& other, int other
 }
 
 // Drops dims of size 1 and merges neighbouring dims.
-Operand BorrowedTensor::operand() const {
+Operand coalesced(const int64_t* sizes, const int64_t* strides, int ndim) {
   Operand o;
-  if (!name) return o;
-  o.data = t.data;
-  o.dtype = dtype();
-  for (int i = 0; i < t.ndim; ++i) {
-    const int64_t size = t.shape[i], stride = t.strides[i];
+  for (int i = 0; i < ndim; ++i) {
+    const int64_t size = sizes[i], stride = strides[i];
     if (size == 1) continue;
     if (o.ndim > 0 && o.stride[o.ndim - 1] == size * stride) {
       o.size[o.ndim - 1] *= size;
@@ -127,6 +121,14 @@ Operand BorrowedTensor::operand() const {
       o.stride[o.ndim++] = stride;
     }
   }
+  return o;
+}
+
+Operand BorrowedTensor::operand() const {
+  if (!name) return {};
+  Operand o = coalesced(t.shape, t.strides, t.ndim);
+  o.data = t.data;
+  o.dtype = dtype();
   return o;
 }
 

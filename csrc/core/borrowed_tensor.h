@@ -16,6 +16,12 @@ struct InvalidArgument : std::invalid_argument {
 
 [[noreturn]] void throw_invalid(const char* name);
 
+// The limit on a tensor's elements and on its span. Beyond it, the arithmetic of the kernels would overflow.
+constexpr int64_t kMaxSpan = (int64_t)1 << 62;
+
+// Returns an operand without memory. Dims of size 1 are dropped, and neighbouring dims merged.
+Operand coalesced(const int64_t* sizes, const int64_t* strides, int ndim);
+
 // Sets the types whose instances are tensors; `tensor` has the exchange table of DLPack.
 void bind_tensor_type(pybind11::type tensor, pybind11::type parameter);
 

@@ -71,16 +71,35 @@ REPARAM_INLINE void philox4x32_10(Lanes c[4][N], uint32_t key0, uint32_t key1) {
   }
 }
 
-// Writes the words of counters first, first + 1, ...: (x0, x2) of each to radius, (x1, x3) to angle.
-template <int N>
-REPARAM_INLINE void philox_block(int64_t seed, uint64_t first, uint32_t* radius, uint32_t* angle) {
-  Lanes c[4][N], lane{};
+// Counters first, first + 1, ...
+struct Consecutive {
+  uint64_t first;
+  REPARAM_INLINE Lanes lanes(int at) const {
+    Lanes lane{};
 #if defined(__GNUC__)
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+    for (int i = 0; i < kLanes; ++i) lane[i] = i;
 #endif
+    return lane + (first + (uint64_t)at);
+  }
+};
+
+// Any counters, in memory that holds a whole block of them.
+struct Listed {
+  const uint64_t* counters;
+  REPARAM_INLINE Lanes lanes(int at) const {
+    Lanes lane;
+    std::memcpy(&lane, counters + at, sizeof lane);
+    return lane;
+  }
+};
+
+// Writes the words of a block of counters: (x0, x2) of each to radius, (x1, x3) to angle.
+template <int N, class Counters>
+REPARAM_INLINE void philox_block(int64_t seed, const Counters& counters, int at, uint32_t* radius, uint32_t* angle) {
+  Lanes c[4][N];
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
-    c[0][i] = lane + (first + (uint64_t)(i * kLanes));
+    c[0][i] = counters.lanes(at + i * kLanes);
     c[1][i] = c[0][i] >> 32;
     c[2][i] = c[3][i] = Lanes{};
   }
@@ -95,11 +114,13 @@ REPARAM_INLINE void philox_block(int64_t seed, uint64_t first, uint32_t* radius,
 
 constexpr int kBlock = 8 * kLanes;  // counters
 
-// Makes whole blocks, so it writes up to kBlock counters' words more than asked for.
-inline void philox_words(int64_t seed, uint64_t first, int count, uint32_t* radius, uint32_t* angle) {
+// Makes whole blocks, so it writes up to kBlock counters' words more than asked for. More than kFew counters are worth
+// a block.
+template <int kFew = kBlock / 2, class Counters>
+inline void philox_words(int64_t seed, const Counters& counters, int count, uint32_t* radius, uint32_t* angle) {
   int i = 0;
-  for (; i + kBlock / 2 < count; i += kBlock) philox_block<8>(seed, first + (uint64_t)i, radius + 2 * i, angle + 2 * i);
-  for (; i < count; i += kLanes) philox_block<1>(seed, first + (uint64_t)i, radius + 2 * i, angle + 2 * i);
+  for (; i + kFew < count; i += kBlock) philox_block<8>(seed, counters, i, radius + 2 * i, angle + 2 * i);
+  for (; i < count; i += kLanes) philox_block<1>(seed, counters, i, radius + 2 * i, angle + 2 * i);
 }
 
 }  // namespace

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from . import pictures
-from .data import load
-from .model import IMPLS
+from .data import Images, load
+from .model import IMPLS, VAE
+from .processes import Processes, join
 from .training import Options, train
 
 
@@ -25,29 +26,52 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=d.lr)
     parser.add_argument("--seed", type=int, default=d.seed)
     parser.add_argument("--out", type=Path, default=Path("out/vae"), help="folder for pictures, tables, checkpoints")
+    parser.add_argument("--distributed", action="store_true", help="train on the processes that torchrun has started")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.distributed and args.impl == "plain":
+        parser.error(
+            "--distributed: impl must be kernels or reference; got plain, whose noise depends on the processes."
+        )
+    return args
 
 
 def main() -> None:
     args = arguments()
+    processes, device = join() if args.distributed else (Processes(), torch.device("cpu"))
     args.out.mkdir(parents=True, exist_ok=True)
     images = load(args.data)
     if args.data is None:
         torch.set_num_threads(1)  # the digits are too small for a second thread
-    print(
-        f"{len(images.train)} images to train on, {len(images.test)} held out, {images.height} x {images.width} pixels"
-    )
+    if processes.rank == 0:
+        size = f"{images.height} x {images.width} pixels"
+        print(f"{len(images.train)} images to train on, {len(images.test)} held out, {size}")
     names = ("kernels", "reference") if args.impl == "both" else (args.impl,)
     models, histories = {}, {}
     for impl in names:
         options = Options(impl, args.likelihood, args.latent, args.hidden, args.epochs, args.batch, args.lr, args.seed)
-        models[impl], histories[impl] = train(images, options, args.out / f"{impl}.pt", args.resume)
+        on_device = images._replace(train=images.train.to(device), test=images.test.to(device))
+        model, histories[impl] = train(on_device, options, args.out / f"{impl}.pt", args.resume, processes=processes)
+        models[impl] = model.cpu()
+    if args.distributed:
+        torch.distributed.destroy_process_group()
+    if processes.rank == 0:
+        report(args, images, names, models, histories)
+
+
+def report(
+    args: argparse.Namespace,
+    images: Images,
+    names: tuple[str, ...],
+    models: dict[str, VAE],
+    histories: dict[str, pictures.History],
+) -> None:
+    """Write the tables, draw the pictures and print the last epoch."""
+    for impl in names:
         with open(args.out / f"{impl}.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, histories[impl][0])
             writer.writeheader()
             writer.writerows(histories[impl])
-
     model, history = models[names[0]], histories[names[0]]
     drawn = [
         pictures.curves(history, args.out / "curves.png"),

@@ -1,7 +1,7 @@
 """A VAE as in the paper: one hidden layer each way, mu and logvar from two parallel layers."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +30,13 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(nn.Linear(latent, hidden), nn.Tanh(), nn.Linear(hidden, pixels))
         self.log_scale = nn.Parameter(torch.tensor(-1.0), requires_grad=likelihood == "gaussian")
 
-    def latent(self, x: Tensor, seed: int, samples: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    def latent(self, x: Tensor, seed: int, samples: tuple[int, ...] = (), window: Any = None) -> tuple[Tensor, Tensor]:
         h = self.encoder(x)
         if self.impl == "kernels":
-            return self.head(h, seed=seed, sample_shape=samples)
+            return self.head(h, seed=seed, sample_shape=samples, window=window)
         mu, logvar = self.head.mu(h), self.head.logvar(h)
         if self.impl == "reference":
-            return rk.reference.reparameterize_kl(mu, logvar, seed=seed, sample_shape=samples)
+            return rk.reference.reparameterize_kl(mu, logvar, seed=seed, sample_shape=samples, window=window)
         eps = torch.randn(*samples, *mu.shape, dtype=mu.dtype, device=mu.device)
         return mu + torch.exp(0.5 * logvar) * eps, -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum(-1)
 
@@ -52,6 +52,7 @@ class VAE(nn.Module):
         square = ((x - out) * torch.exp(-self.log_scale)) ** 2
         return (square / 2 + self.log_scale + math.log(2 * math.pi) / 2).sum(-1)
 
-    def forward(self, x: Tensor, seed: int, samples: tuple[int, ...] = ()) -> Terms:
-        z, kl = self.latent(x, seed, samples)
+    def forward(self, x: Tensor, seed: int, samples: tuple[int, ...] = (), window: Any = None) -> Terms:
+        """window: of the rows of x in the batch, as for rk.reparameterize."""
+        z, kl = self.latent(x, seed, samples, window)
         return Terms(self.nll(z, x), kl)

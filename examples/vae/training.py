@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import Images
 from .model import VAE
+from .processes import Processes
 
 
 @dataclass
@@ -31,7 +32,7 @@ STREAM = 1 << 32  # seeds of one run: options.seed * STREAM + step
 
 def batches(x: Tensor, options: Options, epoch: int) -> Iterator[tuple[int, Tensor]]:
     """Yield (step, rows) in an order that depends only on seed and epoch."""
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(options.seed * STREAM + epoch))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(options.seed * STREAM + epoch)).to(x.device)
     per_epoch = -(-len(x) // options.batch)
     for i, rows in enumerate(order.split(options.batch)):
         yield epoch * per_epoch + i, x[rows]
@@ -47,43 +48,65 @@ def held_out_elbo(model: VAE, x: Tensor, seed: int = STREAM - 1) -> float:
 def start(images: Images, options: Options) -> tuple[VAE, torch.optim.Optimizer]:
     torch.manual_seed(options.seed)
     model = VAE(images.train.shape[1], options.latent, options.hidden, options.likelihood, options.impl)
+    model.to(images.train.device)
     return model, torch.optim.Adam(model.parameters(), lr=options.lr)
 
 
 def train(
-    images: Images, options: Options, checkpoint: Path | None = None, resume: bool = False, quiet: bool = False
+    images: Images,
+    options: Options,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    processes: Processes = Processes(),  # noqa: B008  immutable
 ) -> tuple[VAE, list[dict[str, float]]]:
     """Return the trained model and each epoch's mean ELBO, reconstruction, KL and held-out ELBO, in nats per image."""
     model, optimizer = start(images, options)
     history: list[dict[str, float]] = []
     if resume and checkpoint is not None:
         history = restore(checkpoint, model, optimizer, options)
+    parallel = processes.parallel(model)
     epochs = range(len(history), options.epochs)
     with tqdm(
-        epochs, desc=options.impl, unit="epoch", disable=quiet, initial=len(history), total=options.epochs
+        epochs,
+        desc=options.impl,
+        unit="epoch",
+        disable=quiet or processes.rank > 0,
+        initial=len(history),
+        total=options.epochs,
     ) as bar:
         for epoch in bar:
-            history.append(train_epoch(model, optimizer, images, options, epoch))
+            history.append(train_epoch(parallel, optimizer, images, options, epoch, processes))
+            history[-1]["held_out"] = held_out_elbo(model, images.test)
             bar.set_postfix(elbo=f"{history[-1]['elbo']:.2f}", held_out=f"{history[-1]['held_out']:.2f}")
-            if checkpoint is not None:
+            if checkpoint is not None and processes.rank == 0:
                 save(checkpoint, model, optimizer, options, history)
     return model, history
 
 
 def train_epoch(
-    model: VAE, optimizer: torch.optim.Optimizer, images: Images, options: Options, epoch: int
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Images,
+    options: Options,
+    epoch: int,
+    processes: Processes,
 ) -> dict[str, float]:
     nll = kl = 0.0
     for step, x in batches(images.train, options, epoch):
-        terms = model(x, options.seed * STREAM + step)
+        own = processes.rows(len(x))
+        window = ((len(x), options.latent), (own.start, 0)) if processes.count > 1 else None
+        terms = model(x[own], options.seed * STREAM + step, window=window)
         optimizer.zero_grad()
-        (terms.nll + terms.kl).mean().backward()
+        # The mean over the batch: the average over the processes of the gradients of this.
+        ((terms.nll + terms.kl).sum() * processes.count / len(x)).backward()
         optimizer.step()
         nll += terms.nll.sum().item()
         kl += terms.kl.sum().item()
     n = len(images.train)
-    held_out = held_out_elbo(model, images.test)
-    return {"epoch": epoch + 1, "elbo": -(nll + kl) / n, "reconstruction": nll / n, "kl": kl / n, "held_out": held_out}
+    sums = torch.tensor([nll, kl], dtype=torch.float64, device=images.train.device)
+    nll, kl = processes.total(sums).tolist()
+    return {"epoch": epoch + 1, "elbo": -(nll + kl) / n, "reconstruction": nll / n, "kl": kl / n}
 
 
 def save(

@@ -116,8 +116,8 @@ def sequence(value: Any) -> tuple[Any, ...] | None:
     return tuple(value)
 
 
-def sizes(where: str, name: str, value: Any) -> tuple[int, ...]:
-    do = f"Pass {name}=(5,), for example."
+def sizes(where: str, name: str, value: Any, do: str | None = None) -> tuple[int, ...]:
+    do = f"Pass {name}=(5,), for example." if do is None else do
     items = sequence(value)
     if items is None:
         raise TypeError(f"{where}: {name} must be a tuple of ints; got {type(value).__name__}. {do}")
@@ -169,13 +169,3 @@ def one_source(where: str, seed: Any, generator: Any, eps: Any) -> None:
             f"{where}: generator must be a torch.Generator; got {type(generator).__name__}. "
             "Make one with torch.Generator(device).manual_seed(0), or pass seed=."
         )
-
-
-def local(tensors: Sequence[Tensor | None]) -> None:
-    """Refuse a tensor that is spread over several processes."""
-    for t in tensors:
-        if any(base.__name__ == "DTensor" for base in type(t).__mro__):
-            raise TypeError(
-                "reparam_kernels: mu and the tensors that go with it must be tensors of this process; got DTensor. "
-                "Call on the local shard, t.to_local(), with a seed of its own for each rank."
-            )

@@ -35,6 +35,11 @@ def empty(like: Tensor) -> Tensor:
 def explain(refusal: Exception, tensors: dict[str, Tensor | None]) -> ValueError:
     """Return the error for a call that the extension refused. The refusal only names the argument; this adds why."""
     name = str(refusal)
+    if name == "window":
+        return ValueError(
+            "reparam_kernels: window must hold the tensor inside a whole of at most 2**62 elements; got another. "
+            "Pass window= to a public function, which says what is wrong."
+        )
     must, got = _fault(tensors.get(name))
     return ValueError(
         f"reparam_kernels: {name} must {must}; got {got}. Pass plain, dense CPU tensors that hold their memory."

@@ -64,6 +64,8 @@ class Op(Generic[A]):
         forward_saving(arguments) -> outputs, saved.
     expands: the inputs that may be smaller than their gradients from the kernels, which are then summed.
     with_noise: arguments -> arguments whose random numbers are tensors, the same numbers as the kernels would use.
+    shard: arguments with DTensors -> those of this process's part, and a function that makes DTensors of its outputs.
+        Default: DTensors are refused.
     """
 
     def __init__(
@@ -80,9 +82,10 @@ class Op(Generic[A]):
         gradient_formula: Callable[[A, Outputs], Outputs] | None = None,
         expands: tuple[str, ...] = (),
         with_noise: Callable[[A], A] = lambda arguments: arguments,
+        shard: Callable[[A], tuple[A, Callable[[Outputs], Outputs]]] | None = None,
     ) -> None:
         self.name, self.arguments, self.formula, self.shapes = name, arguments, formula, shapes
-        self.package, self.with_noise = package, with_noise
+        self.package, self.with_noise, self.shard = package, with_noise, shard
         self.gradient_formula = gradient_formula
         hints = get_type_hints(arguments)
         *tensors, options = hints

@@ -5,6 +5,7 @@ A Launch does so once. Later it passes the arguments straight to the compiled ke
 """
 
 import contextlib
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -79,6 +80,12 @@ class Launch:
 def signatures(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Return all that a launch depends on of each tensor."""
     return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors])
+
+
+@lru_cache(maxsize=1024)
+def window_tensor(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the numbers of a window on the device. They are kept, since training meets the same few windows."""
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 class Plans(dict[Any, Any]):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.window import Window, index_strides
 from . import tiles
 from .tiles import Counts, Strides, Tiling
 
@@ -53,6 +54,67 @@ def views_of(tensors: Sequence[Tensor | None]) -> tuple[View | None, ...]:
     return tuple(None if t is None else view_of(t) for t in tensors)
 
 
+Levels = tuple[tuple[int, int], ...]  # of strides between the rows of a window: the first and the last dim of each
+
+
+class WindowClass(NamedTuple):
+    """What a plan depends on of a window. The numbers of the window are not part of it."""
+
+    cut: tuple[bool, ...]  # the dims in which the tensor is smaller than the whole
+    aligned: tuple[bool, ...]  # the dims whose strides in the whole are multiples of four
+    origin_aligned: bool  # the index of the first element is one too
+    samples_aligned: bool  # the elements from one sample to the next are, or there is one sample
+    short: bool  # each seed has fewer than 2^34 elements, with those of a tile
+
+    def depth(self) -> int:
+        """Return how many dims have to number the rows, so that each row is contiguous in the whole."""
+        return max((dim for dim, is_cut in enumerate(self.cut) if is_cut), default=0)
+
+
+def origin(window: Window, steps: Sequence[int]) -> int:
+    """Return the index of the first element."""
+    return sum(first * stride for first, stride in zip(window[1], steps, strict=True))
+
+
+def classify_window(window: Window, shape: tuple[int, ...], seeds: int, samples: int) -> WindowClass | None:
+    if not window[0]:
+        return None
+    steps, group = index_strides(window[0], seeds), math.prod(window[0]) // max(seeds, 1)
+    return WindowClass(
+        cut=tuple(size != of for size, of in zip(shape, window[0], strict=True)),
+        aligned=tuple(stride % 4 == 0 for stride in steps),
+        origin_aligned=origin(window, steps) % 4 == 0,
+        samples_aligned=samples <= 1 or group % 4 == 0,
+        short=group * max(samples, 1) < 2**34 - 2**14,
+    )
+
+
+def window_levels(window: WindowClass | None, seeds: int, depth: int) -> Levels:
+    """Return the levels of strides between the rows, the innermost first."""
+    levels: list[tuple[int, int]] = []
+    if window is None:
+        return ()
+    for dim in range(depth - 1, -1, -1):
+        if levels and not window.cut[dim + 1] and not (seeds > 1 and dim == 0):
+            levels[-1] = dim, levels[-1][1]
+        else:
+            levels.append((dim, dim))
+    return tuple(levels)
+
+
+def window_numbers(window: Window, shape: tuple[int, ...], seeds: int, levels: Levels) -> tuple[int, ...]:
+    """Return what index_in_whole of tiles.py reads.
+
+    It is the index of the first element, the elements from one sample to the next, and the size and stride of each
+    level.
+    """
+    steps = index_strides(window[0], seeds)
+    numbers = [origin(window, steps), math.prod(window[0]) // max(seeds, 1)]
+    for first, last in levels:
+        numbers += [math.prod(shape[first : last + 1]), steps[last]]
+    return tuple(numbers)
+
+
 class LaunchSpec(NamedTuple):
     """Everything that a plan depends on."""
 
@@ -69,6 +131,7 @@ class LaunchSpec(NamedTuple):
     operands: tuple[View | None, ...]  # read or written through their strides
     other_tensors: tuple[View | None, ...]  # contiguous
     sample_stride: int  # between the samples of dz
+    window: WindowClass | None
 
 
 class Layout(NamedTuple):
@@ -102,6 +165,7 @@ class Plan(NamedTuple):
     chunks: int  # programs to a row
     num_warps: int
     max_registers: int | None
+    window_levels: Levels
 
     def numbers(self) -> tuple[Any, ...]:
         """Return the arguments of every kernel that follow its tensors."""
@@ -155,7 +219,8 @@ def make_layout(spec: LaunchSpec) -> Layout:
     """Make rows as long as the operands' runs, the seeds and the KL sums allow."""
     shape = spec.shape
     runs = [None if view is None else coalesce(view) for view in spec.operands]
-    depth = max(spec.kl_ndim or 0, int(spec.seeds > 1), *(run.depth for run in runs if run is not None), 0)
+    least = 0 if spec.window is None else spec.window.depth()
+    depth = max(spec.kl_ndim or 0, int(spec.seeds > 1), least, *(run.depth for run in runs if run is not None))
     # the last operand with another depth decides: that of the gradients, which cannot be copied
     outer_depth = next((run.depth for run in reversed(runs) if run and run.depth not in (0, depth)), None)
     rows, cols = math.prod(shape[:depth]), math.prod(shape[depth:])
@@ -221,9 +286,14 @@ def noise_mode(spec: LaunchSpec, layout: Layout) -> int:
         return int(tiles.NOISE_NONE.value)
     if spec.noise_source == "tensor":
         return int(tiles.NOISE_FROM_TENSOR.value)
-    one_row_a_seed = layout.depth == int(spec.seeds > 1)
-    rows_aligned = one_row_a_seed or (layout.cols if layout.row_len else layout.width) % 4 == 0
-    samples_aligned = spec.samples == 1 or math.prod(spec.shape) // spec.seeds % 4 == 0
+    if spec.window is not None:
+        levels = window_levels(spec.window, spec.seeds, layout.depth)
+        rows_aligned = spec.window.origin_aligned and all(spec.window.aligned[last] for _, last in levels)
+        samples_aligned = spec.window.samples_aligned
+    else:
+        one_row_a_seed = layout.depth == int(spec.seeds > 1)
+        rows_aligned = one_row_a_seed or (layout.cols if layout.row_len else layout.width) % 4 == 0
+        samples_aligned = spec.samples == 1 or math.prod(spec.shape) // spec.seeds % 4 == 0
     if not samples_aligned:
         return int(tiles.NOISE_PER_ELEMENT.value)
     return int((tiles.NOISE_ALIGNED if rows_aligned else tiles.NOISE_UNALIGNED).value)
@@ -295,7 +365,9 @@ def make_tiling(spec: LaunchSpec, layout: Layout, block_elements: int) -> tuple[
         VEC=1 if unaligned else vector_size(spec, layout),
         EVEN=fixed and chunks * block == layout.cols and not unaligned,
         OFFSET_32BIT=max(*reach, layout.rows + rows, (rows - 1) * layout.cols) < 2**31,
-        COUNTER_32BIT=numel // spec.seeds * spec.samples + 4 * block < 2**34,
+        COUNTER_32BIT=(
+            numel // spec.seeds * spec.samples + 4 * block < 2**34 if spec.window is None else spec.window.short
+        ),
         NOISE=noise,
         PER_ITEM_SEED=spec.seeds > 1,
         ONE_KL=not spec.kl_ndim,
@@ -304,6 +376,8 @@ def make_tiling(spec: LaunchSpec, layout: Layout, block_elements: int) -> tuple[
         ROW_LEN=layout.row_len,
         PACKED_ROWS=layout.packed_rows,
         PACKED_STRIDED=layout.packed_strided,
+        WINDOW=spec.window is not None,
+        WINDOW_LEVELS=len(window_levels(spec.window, spec.seeds, layout.depth)),
     )
     return tiling, chunks
 
@@ -324,7 +398,8 @@ def plan_launch(spec: LaunchSpec) -> Plan:
     if spec.param == "softplus" and spec.has_prior and spec.compiler != "hip":
         block_elements //= 2  # else registers spill
     each_has_kl = 0 < layout.depth == spec.kl_ndim and layout.rows_per_outer is None and not has_lengths(spec, layout)
-    if each_has_kl and spec.seeds == 1 and (spec.noise_source != "seed" or spec.samples == 1 or numel % 4 == 0):
+    one_stream = spec.seeds == 1 and spec.window is None
+    if each_has_kl and one_stream and (spec.noise_source != "seed" or spec.samples == 1 or numel % 4 == 0):
         layout = pack_short_rows(layout, block_elements)
     if noise_mode(spec, layout) == tiles.NOISE_PER_ELEMENT.value:
         block_elements = min(block_elements, config.block_elements // 4)
@@ -341,4 +416,5 @@ def plan_launch(spec: LaunchSpec) -> Plan:
     )
     num_warps = max(tiling.ROWS * tiling.BLOCK * config.num_warps // block_elements, 1)
     limit = register_limit(spec, tiling, config)
-    return Plan(layout, tiling, counts, grid, layout.rows, layout.cols, numel, chunks, num_warps, limit)
+    levels = window_levels(spec.window, spec.seeds, layout.depth)
+    return Plan(layout, tiling, counts, grid, layout.rows, layout.cols, numel, chunks, num_warps, limit, levels)

@@ -70,6 +70,8 @@ class Tiling(NamedTuple):
     ROW_LEN: int  # 0: rows are not packed
     PACKED_ROWS: int
     PACKED_STRIDED: bool  # packed rows lie `outer` apart, not contiguous
+    WINDOW: bool  # the elements lie in a larger whole, whose noise they take
+    WINDOW_LEVELS: int  # of strides between the rows' indices in the whole
 
 
 class Tile(NamedTuple):
@@ -80,6 +82,7 @@ class Tile(NamedTuple):
     first_col: Any
     row: Any  # [ROWS, 1]
     col: Any  # [1, BLOCK] or [ROWS, BLOCK]
+    index: Any  # with a window: of the first element of each row, in the whole or in its item; [ROWS, 1]
     group_offset: Any
     mask: Any  # [ROWS, BLOCK]
     row_mask: Any  # [ROWS, 1]
@@ -132,14 +135,36 @@ def seed_of(row, shape, TILING: tl.constexpr):
 
 
 @triton.jit
-def make_tile(shape, TILING: tl.constexpr):
-    """Make the tile of this program."""
+def index_in_whole(window_ptr, row, TILING: tl.constexpr):
+    """Return the index of the first element of each row, 64-bit. `window_numbers` of plan.py says what lies there."""
+    index = tl.load(window_ptr) + row.to(tl.int64) * 0
+    rest = row
+    for level in tl.static_range(TILING.WINDOW_LEVELS):
+        size, stride = tl.load(window_ptr + 2 + 2 * level), tl.load(window_ptr + 3 + 2 * level)
+        if level == TILING.WINDOW_LEVELS - 1:
+            index += rest.to(tl.int64) * stride
+        else:
+            if TILING.OFFSET_32BIT:
+                size = size.to(tl.int32)
+            rest, coordinate = divmod_rows(rest, size, TILING)
+            index += coordinate * stride
+    return index
+
+
+@triton.jit
+def make_tile(shape, window_ptr, TILING: tl.constexpr):
+    """Make the tile of this program. window_ptr is None without a window."""
     first_row, chunk, first_col = locate(shape.rows, shape.chunks, TILING)
     row = tl.arange(0, TILING.ROWS)[:, None]
     if not TILING.OFFSET_32BIT:
         row = row.to(tl.int64)
+    index = 0
+    if TILING.WINDOW:
+        index = index_in_whole(window_ptr, first_row + row, TILING)
     group_offset = 0
-    if TILING.NOISE == NOISE_UNALIGNED:
+    if TILING.NOISE == NOISE_UNALIGNED and TILING.WINDOW:
+        group_offset = (index % 4).to(tl.int32)
+    elif TILING.NOISE == NOISE_UNALIGNED:
         _, row_of_seed = seed_of(first_row + row, shape, TILING)
         group_offset = (row_of_seed * shape.cols % 4).to(tl.int32)
     col = tl.arange(0, TILING.BLOCK)[None, :] - group_offset
@@ -158,7 +183,7 @@ def make_tile(shape, TILING: tl.constexpr):
             mask &= col + tl.minimum(first_col, TILING.BLOCK).to(tl.int32) >= 0
     if not TILING.OFFSET_32BIT:
         col = col.to(tl.int64)
-    return Tile(first_row, chunk, first_col, row, col, group_offset, mask, row_mask)
+    return Tile(first_row, chunk, first_col, row, col, index, group_offset, mask, row_mask)
 
 
 @triton.jit
@@ -217,7 +242,7 @@ def store(ptr, value, mask):
 
 
 @triton.jit
-def noise(seed_ptr, eps_ptr, sample, tile, shape, FLOAT64: tl.constexpr, TILING: tl.constexpr):
+def noise(seed_ptr, eps_ptr, window_ptr, sample, tile, shape, FLOAT64: tl.constexpr, TILING: tl.constexpr):
     """Load or make the eps of one sample, whose index is 64-bit."""
     if TILING.NOISE == NOISE_FROM_TENSOR:
         ptr = sample_pointer(eps_ptr, sample, shape.total, TILING)
@@ -228,8 +253,11 @@ def noise(seed_ptr, eps_ptr, sample, tile, shape, FLOAT64: tl.constexpr, TILING:
             seed = tl.load(seed_ptr + item, mask=tile.row_mask)
         else:
             seed = tl.load(seed_ptr + item)
-        per_sample = shape.rows_per_seed * shape.cols if TILING.PER_ITEM_SEED else shape.total
-        index = sample * per_sample + row * shape.cols + tile.first_col
+        if TILING.WINDOW:
+            index = sample * tl.load(window_ptr + 1) + tile.index + tile.first_col
+        else:
+            per_sample = shape.rows_per_seed * shape.cols if TILING.PER_ITEM_SEED else shape.total
+            index = sample * per_sample + row * shape.cols + tile.first_col
         if TILING.NOISE == NOISE_PER_ELEMENT:
             eps = normal_at(seed, index + tile.col, TILING.INLINE_PTX)
         else:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...core.execute import execute
+from ...core.window import Window
 from .arguments import Density, make_arguments
 from .op import LATENT
 from .priors import as_pair
@@ -23,6 +24,7 @@ def reparameterize(
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     eps: Tensor | None = None,
+    window: Window | None = None,
     sample_shape: tuple[int, ...] = (),
     param: str = "logvar",
     min_std: float = 0.0,
@@ -40,6 +42,9 @@ def reparameterize(
             the generator, as by draw_seed.
         generator: the torch.Generator that the seed is drawn from; default torch's own, which torch.manual_seed seeds.
         eps: use this noise (mu's dtype, z's shape) instead. At most one of seed, generator, eps.
+        window: (whole_shape, start) if mu is a part of a larger tensor: the shape of that, and the index of the part's
+            first element. The noise is that of a call on the whole, at the places of the part; a seed tensor has one
+            element or whole_shape[0]. Not with eps.
         sample_shape: leading sample dims; z has shape sample_shape + mu.shape.
         param: "logvar"; "logstd", sigma = exp(x); "std", sigma = x; "softplus", sigma = log(1 + exp(x)) + min_std.
         min_std: floor of sigma, for "softplus".
@@ -63,7 +68,21 @@ def reparameterize(
                 [ 1.7888e+00,  1.0679e+00]])
     """
     arguments = make_arguments(
-        "reparameterize", mu, logvar, True, False, seed, generator, eps, sample_shape, None, None, param, min_std, clamp
+        "reparameterize",
+        mu,
+        logvar,
+        True,
+        False,
+        seed,
+        generator,
+        eps,
+        sample_shape,
+        None,
+        None,
+        param,
+        min_std,
+        clamp,
+        window=window,
     )
     return execute(LATENT, arguments)[0]  # type: ignore[return-value]
 
@@ -132,6 +151,7 @@ def reparameterize_kl(
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     eps: Tensor | None = None,
+    window: Window | None = None,
     sample_shape: tuple[int, ...] = (),
     event_ndim: int | None = None,
     prior: Prior | None = None,
@@ -176,6 +196,7 @@ def reparameterize_kl(
         param,
         min_std,
         clamp,
+        window=window,
     )
     z, kl, _ = execute(LATENT, arguments)
     return z, kl  # type: ignore[return-value]
@@ -188,6 +209,7 @@ def reparameterize_log_prob(
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     eps: Tensor | None = None,
+    window: Window | None = None,
     sample_shape: tuple[int, ...] = (),
     event_ndim: int | None = None,
     squash: str | None = None,
@@ -202,7 +224,8 @@ def reparameterize_log_prob(
         log_q = sum [-eps^2 / 2 - log sigma - log(2 pi) / 2 - J],  J = 0 or log(1 - tanh(u)^2)
 
     Args:
-        mu, logvar, seed, generator, eps, sample_shape, param, min_std, clamp: as for reparameterize, whose bits u has.
+        mu, logvar, seed, generator, eps, window, sample_shape, param, min_std, clamp: as for reparameterize. u has the
+            bits of its z.
         event_ndim: how many trailing dims of mu log_q sums over, as for kl_divergence.
         squash: None, or "tanh" for z = tanh(u), as in the policies of soft actor-critic. log_q is then the density of
             the squashed z, computed from u: a saturated z gives neither infinity nor NaN.
@@ -243,6 +266,7 @@ def reparameterize_log_prob(
         min_std,
         clamp,
         density=Density(squash=squash, path_derivative=path_derivative),
+        window=window,
     )
     z, _, log_q = execute(LATENT, arguments)
     return z, log_q  # type: ignore[return-value]
@@ -255,6 +279,7 @@ def reparameterize_mc_kl(
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     eps: Tensor | None = None,
+    window: Window | None = None,
     sample_shape: tuple[int, ...] = (),
     event_ndim: int | None = None,
     prior: Prior | None = None,
@@ -268,7 +293,7 @@ def reparameterize_mc_kl(
         kl = sum [eps w + w^2 / 2 - d],  w = (mu - mu_p) / sigma_p + expm1(d) eps,  d = log(sigma / sigma_p)
 
     Args:
-        mu, logvar, seed, generator, eps, sample_shape, param, min_std, clamp: as for reparameterize.
+        mu, logvar, seed, generator, eps, window, sample_shape, param, min_std, clamp: as for reparameterize.
         event_ndim, prior: as for kl_divergence.
         path_derivative: as for reparameterize_log_prob; the prior keeps its gradients.
 
@@ -306,6 +331,7 @@ def reparameterize_mc_kl(
         min_std,
         clamp,
         density=Density(minus_log_p=True, path_derivative=path_derivative),
+        window=window,
     )
     z, _, kl = execute(LATENT, arguments)
     return z, kl  # type: ignore[return-value]

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...core import checks
+from ...core import checks, dtensor
+from ...core import window as windows
 from ...core.dtypes import FLOATS, compute_dtype, dtype_name
 from ...core.op import Shape, resolve_neg
 from ...core.seeds import make_seed
+from ...core.window import Window
 
 DO_EVENT_NDIM = "Pass how many trailing dims of mu the sum runs over."
 PARAMS = ("logvar", "logstd", "std", "softplus")
@@ -31,6 +33,16 @@ class Config(NamedTuple):
     minus_log_p: bool = False  # log_q is the log-ratio log q(z) - log p(z)
     tanh: bool = False  # z = tanh(mu + sigma eps)
     path_derivative: bool = False  # log_q has gradients by way of z alone
+    whole: tuple[int, ...] = ()  # the window of mu, as in core/window.py
+    start: tuple[int, ...] = ()
+
+    @property
+    def window(self) -> Window:
+        return self.whole, self.start
+
+    def without_window(self) -> "Config":
+        """For what is kept by its options. A window is of one call."""
+        return self._replace(whole=(), start=()) if self.whole else self
 
 
 class Density(NamedTuple):
@@ -105,6 +117,7 @@ def make_arguments(
     clamp: Any = None,
     packed: int | None = None,
     density: Density | None = None,
+    window: Any = None,
 ) -> Arguments:
     """Check the arguments of a public function, whose name for errors is `where`, and return them as the op takes them.
 
@@ -112,7 +125,8 @@ def make_arguments(
     """
     if seed is not None or generator is not None or eps is not None:
         checks.one_source(where, seed, generator, eps)
-    compiling = torch.compiler.is_compiling()
+        windows.no_eps(where, window, eps)
+    drawn, compiling = seed is None, torch.compiler.is_compiling()
     ndim = -1 if compiling or eps is not None or prior is not None else checks.plain_pair_ndim(mu, logvar)
     shape: Any = None
     if ndim < 0:
@@ -125,11 +139,17 @@ def make_arguments(
     mu_p, x_p = (None, None) if prior is None else _take_prior(where, prior, mu, shape)
     if not z:
         seed = None
+    elif window is not None:
+        dims, samples = tuple(shape or mu.shape), config.sample_shape
+        seed, (whole, start) = windows.place(where, seed, generator, mu.device, dims, window, samples)
+        config = config._replace(whole=whole, start=start)
     elif eps is None:
         items = None if seed is None or ndim == 0 else (shape or mu.shape)[0]
         seed = make_seed(where, seed, generator, mu.device, items)
     else:
         eps = _take_eps(where, eps, mu, config.sample_shape + tuple(shape))
+    if seed is not None and shape is not None and dtensor.is_dtensor(mu) and not compiling:
+        dtensor.one_seed(where, mu, seed, drawn)
     return Arguments(mu, logvar, mu_p, x_p, seed, eps, config)
 
 

@@ -12,11 +12,19 @@ from ...core.dtypes import compute_dtype
 from .arguments import Arguments, Config, empty_prior_gradient, expanded_prior, unpacked
 
 
-@lru_cache(maxsize=256)
 def _options(config: Config) -> _C.Options:
+    return _make_options(config) if config.whole else _kept_options(config)
+
+
+def _make_options(config: Config) -> _C.Options:
     low, high = config.clamp or (0.0, 0.0)
     density = config.event_ndim, config.minus_log_p, config.tanh, config.path_derivative
-    return _C.Options(getattr(_C.Param, config.param), config.min_std, config.clamp is not None, low, high, *density)
+    return _C.Options(
+        getattr(_C.Param, config.param), config.min_std, config.clamp is not None, low, high, *density, *config.window
+    )
+
+
+_kept_options = lru_cache(maxsize=256)(_make_options)
 
 
 def _empty_kl(mu: Tensor, event_ndim: int) -> Tensor:

@@ -69,7 +69,7 @@ def widened_inputs(arguments: Arguments) -> Inputs:
     elif config.z:
         assert arguments.seed is not None  # drawn by make_arguments
         shape = config.sample_shape + tuple(mu.shape)
-        eps = reference_noise(arguments.seed, shape, math.prod(config.sample_shape)).to(mu.dtype)
+        eps = reference_noise(arguments.seed, shape, math.prod(config.sample_shape), config.window).to(mu.dtype)
     return Inputs(mu, x, mu_p, x_p, eps)
 
 

@@ -6,6 +6,7 @@ from ...core.op import Op
 from ..noise.op import noise_op
 from .arguments import Arguments, shapes, unpacked
 from .formula import formula, gradient_formula
+from .sharded import shard
 
 
 def with_noise(arguments: Arguments) -> Arguments:
@@ -13,7 +14,9 @@ def with_noise(arguments: Arguments) -> Arguments:
     if arguments.seed is None:
         return arguments
     samples = arguments.config.sample_shape
-    eps = noise_op(arguments.seed, (*samples, *unpacked(arguments)[0].shape), math.prod(samples))
+    eps = noise_op(
+        arguments.seed, (*samples, *unpacked(arguments)[0].shape), math.prod(samples), arguments.config.window
+    )
     return arguments._replace(seed=None, eps=eps)
 
 
@@ -28,4 +31,5 @@ LATENT = Op(
     gradient_formula=gradient_formula,
     expands=("mu_p", "x_p"),
     with_noise=with_noise,
+    shard=shard,
 )

@@ -10,8 +10,19 @@ from torch import Tensor
 
 from ...core.dtypes import compute_dtype, has_float64
 from ...gpu.gaussian import Options
-from ...gpu.launch import PLANS, Launch, compiler, signatures
-from ...gpu.plan import GRID_LIMIT, HIP_GRID_LIMIT, LaunchSpec, Plan, plan_launch, views_of
+from ...gpu.launch import PLANS, Launch, compiler, signatures, window_tensor
+from ...gpu.plan import (
+    GRID_LIMIT,
+    HIP_GRID_LIMIT,
+    LaunchSpec,
+    Levels,
+    Plan,
+    WindowClass,
+    classify_window,
+    plan_launch,
+    views_of,
+    window_numbers,
+)
 from ...gpu.tiles import Strides, Tiling
 from . import triton_density_kernels as density_kernels
 from . import triton_kernels as kernels
@@ -62,6 +73,22 @@ class Planned(NamedTuple):
     copied: tuple[bool, ...]  # the operands that have to be made contiguous first
     parts: int  # of the KL sums, which `sums` adds up; 0: the kernel writes the KL itself
     sums: tuple[Launch, ...]  # each adds up the parts of as many KLs as a grid holds
+    window_levels: Levels
+
+
+def window_class(arguments: Arguments, mu: Tensor) -> WindowClass | None:
+    config = arguments.config
+    if arguments.seed is None or not config.whole:
+        return None
+    return classify_window(config.window, tuple(mu.shape), arguments.seed.numel(), math.prod(config.sample_shape))
+
+
+def window_of(arguments: Arguments, mu: Tensor, levels: Levels) -> Tensor | None:
+    """Return the numbers of the window, as the kernels take them."""
+    if arguments.seed is None or not arguments.config.whole:
+        return None
+    numbers = window_numbers(arguments.config.window, tuple(mu.shape), arguments.seed.numel(), levels)
+    return window_tensor(numbers, mu.device)
 
 
 def make_spec(
@@ -91,13 +118,14 @@ def make_spec(
         operands=views_of(operands),
         other_tensors=views_of([*other_tensors, None if sums_kl else kl]),
         sample_stride=sample_stride,
+        window=window_class(arguments, mu) if needs_noise else None,
     )
 
 
 def compile_time(arguments: Arguments, spec: LaunchSpec, planned: Plan) -> tuple[OperandStrides, Options, Tiling]:
     """Return the last arguments of both kernels, which Triton compiles in."""
     scalar_prior = all(p is not None and p.numel() == 1 for p in (arguments.mu_p, arguments.x_p))
-    options = make_options(arguments.config, spec.dtype, scalar_prior, spec.kl_ndim is None)
+    options = make_options(arguments.config.without_window(), spec.dtype, scalar_prior, spec.kl_ndim is None)
     return OperandStrides(*planned.layout.strides), options, planned.tiling
 
 
@@ -114,7 +142,7 @@ def plan_forward(
     launch = Launch(kernel, mu.device, planned.grid, fixed, planned.compile_options())
     parts = planned.rows * planned.chunks * samples_of_kl
     if kl is None or spec.kl_ndim is None or planned.layout.row_len or parts == kl.numel():
-        return Planned(launch, planned.layout.copied, 0, ())
+        return Planned(launch, planned.layout.copied, 0, (), planned.window_levels)
     most = min(kl.numel(), HIP_GRID_LIMIT if spec.compiler == "hip" else GRID_LIMIT)
     fixed = parts // kl.numel(), has_float64(mu.device), SUM_BLOCK
     options = {"num_warps": 4, "enable_fp_fusion": False}
@@ -122,7 +150,7 @@ def plan_forward(
         Launch(kernels.row_sum_kernel, mu.device, (min(most, kl.numel() - first),), fixed, options)
         for first in range(0, kl.numel(), most)
     ]
-    return Planned(launch, planned.layout.copied, parts, tuple(sums))
+    return Planned(launch, planned.layout.copied, parts, tuple(sums), planned.window_levels)
 
 
 def plan_backward(
@@ -143,7 +171,7 @@ def plan_backward(
     fixed = (stride, *planned.numbers(), *compile_time(arguments, spec, planned))
     kernel = density_kernels.density_backward_kernel if by_densities else kernels.backward_kernel
     launch = Launch(kernel, mu.device, planned.grid, fixed, planned.compile_options())
-    return Planned(launch, planned.layout.copied, 0, ())
+    return Planned(launch, planned.layout.copied, 0, (), planned.window_levels)
 
 
 def uses_densities(config: Config) -> bool:
@@ -173,7 +201,13 @@ def launch_forward(arguments: Arguments, mu: Tensor, x: Tensor, z: Tensor | None
     """kl: the KL, or log_q."""
     _, _, mu_p, x_p, seed, eps, config = arguments
     eps = None if eps is None else eps.contiguous()
-    key = "forward", config, mu.device, signatures(mu, x, mu_p, x_p, seed, eps, z, kl)
+    key = (
+        "forward",
+        config.without_window(),
+        window_class(arguments, mu),
+        mu.device,
+        signatures(mu, x, mu_p, x_p, seed, eps, z, kl),
+    )
     planned = PLANS.get(key)
     if planned is None:
         samples = math.prod(config.sample_shape) if config.log_q else 1
@@ -181,12 +215,13 @@ def launch_forward(arguments: Arguments, mu: Tensor, x: Tensor, z: Tensor | None
     operands: Sequence[Tensor | None] = mu, x, mu_p, x_p
     if True in planned.copied:
         operands = contiguous([mu, x, *expanded_prior(arguments, mu.shape)], planned.copied)
+    window = window_of(arguments, mu, planned.window_levels)
     if planned.parts and kl is not None:
         parts = kl.new_empty(planned.parts)
-        planned.launch(*operands, seed, eps, z, parts)
+        planned.launch(*operands, seed, eps, window, z, parts)
         sum_parts(planned.sums, parts, kl)
     else:
-        planned.launch(*operands, seed, eps, z, kl)
+        planned.launch(*operands, seed, eps, window, z, kl)
 
 
 def sum_parts(sums: tuple[Launch, ...], parts: Tensor, kl: Tensor) -> None:
@@ -229,9 +264,16 @@ def launch_backward(
     if dz is not None and config.sample_shape:
         samples = math.prod(config.sample_shape)
         dz = dz.reshape(samples, *mu.shape) if samples else None
-    key = "backward", config, mu.device, signatures(mu, x, mu_p, x_p, seed, eps, dz, dkl, dmu, dx, dmu_p, dx_p)
+    key = (
+        "backward",
+        config.without_window(),
+        window_class(arguments, mu),
+        mu.device,
+        signatures(mu, x, mu_p, x_p, seed, eps, dz, dkl, dmu, dx, dmu_p, dx_p),
+    )
     planned = PLANS.get(key) or PLANS.add(key, plan_backward(arguments, mu, x, dz, dkl, grads))
     operands: Sequence[Tensor | None] = mu, x, mu_p, x_p
     if True in planned.copied:
         *operands, dz = contiguous([mu, x, *expanded_prior(arguments, mu.shape), dz], planned.copied[:-1])
-    planned.launch(*operands, seed, eps, dz, dkl, dmu, dx, dmu_p, dx_p)
+    window = window_of(arguments, mu, planned.window_levels)
+    planned.launch(*operands, seed, eps, window, dz, dkl, dmu, dx, dmu_p, dx_p)

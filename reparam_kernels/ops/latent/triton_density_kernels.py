@@ -72,6 +72,7 @@ def density_forward_kernel(
     x_p_ptr,
     seed_ptr,
     eps_ptr,
+    window_ptr,
     z_ptr,
     log_q_ptr,
     rows,
@@ -84,12 +85,12 @@ def density_forward_kernel(
     TILING: tl.constexpr,
 ):
     shape = make_shape(rows, cols, total, chunks, counts, TILING)
-    tile = make_tile(shape, TILING)
+    tile = make_tile(shape, window_ptr, TILING)
     latent = load_latent(mu_ptr, x_ptr, mu_p_ptr, x_p_ptr, strides, tile, shape, OPTIONS, TILING)
     e = densities(latent, OPTIONS, mu_p_ptr is not None)
     for i in range(shape.samples):
         sample = tile.first_col * 0 + i  # 64-bit
-        eps = noise(seed_ptr, eps_ptr, sample, tile, shape, OPTIONS.FLOAT64, TILING)
+        eps = noise(seed_ptr, eps_ptr, window_ptr, sample, tile, shape, OPTIONS.FLOAT64, TILING)
         z = fma(e.sigma, eps, latent.mu)
         if OPTIONS.MINUS_LOG_P:
             terms = log_ratio_of_densities(e, eps)
@@ -113,6 +114,7 @@ def density_backward_kernel(
     x_p_ptr,
     seed_ptr,
     eps_ptr,
+    window_ptr,
     dz_ptr,
     dlog_q_ptr,
     dmu_ptr,
@@ -130,7 +132,7 @@ def density_backward_kernel(
     TILING: tl.constexpr,
 ):
     shape = make_shape(rows, cols, total, chunks, counts, TILING)
-    tile = make_tile(shape, TILING)
+    tile = make_tile(shape, window_ptr, TILING)
     latent = load_latent(mu_ptr, x_ptr, mu_p_ptr, x_p_ptr, strides, tile, shape, OPTIONS, TILING)
     e = densities(latent, OPTIONS, mu_p_ptr is not None)
     # Sums over the samples: the gradients to u, to sigma by way of u, to log sigma in log q itself, and to
@@ -139,7 +141,7 @@ def density_backward_kernel(
     to_u, to_sigma, to_log_sigma, to_mu_p, to_log_sigma_p = zero, zero, zero, zero, zero
     for i in range(shape.samples):
         sample = tile.first_col * 0 + i  # 64-bit
-        eps = noise(seed_ptr, eps_ptr, sample, tile, shape, OPTIONS.FLOAT64, TILING)
+        eps = noise(seed_ptr, eps_ptr, window_ptr, sample, tile, shape, OPTIONS.FLOAT64, TILING)
         du, g = zero, zero
         if dz_ptr is not None:
             sample_ptr = sample_pointer(dz_ptr, sample, dz_sample_stride, TILING)

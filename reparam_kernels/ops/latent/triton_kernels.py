@@ -51,6 +51,7 @@ def forward_kernel(
     x_p_ptr,
     seed_ptr,  # int64 [rows / rows_per_seed]
     eps_ptr,  # the caller's noise, [samples, rows, cols]
+    window_ptr,  # int64, as window_numbers of gpu/plan.py makes them
     z_ptr,  # [samples, rows, cols]
     kl_ptr,  # [rows, cols] if elementwise, else a sum for each row and chunk [rows, chunks], or for each packed row
     rows,
@@ -63,7 +64,7 @@ def forward_kernel(
     TILING: tl.constexpr,
 ):
     shape = make_shape(rows, cols, total, chunks, counts, TILING)
-    tile = make_tile(shape, TILING)
+    tile = make_tile(shape, window_ptr, TILING)
     latent = load_latent(mu_ptr, x_ptr, mu_p_ptr, x_p_ptr, strides, tile, shape, OPTIONS, TILING)
     e = element(latent, OPTIONS, mu_p_ptr is not None)
     if kl_ptr is not None:
@@ -83,7 +84,7 @@ def forward_kernel(
     if z_ptr is not None:
         for i in range(shape.samples):
             sample = tile.first_col * 0 + i  # 64-bit
-            eps = noise(seed_ptr, eps_ptr, sample, tile, shape, OPTIONS.FLOAT64, TILING)
+            eps = noise(seed_ptr, eps_ptr, window_ptr, sample, tile, shape, OPTIONS.FLOAT64, TILING)
             z = fma(e.sigma, eps, latent.mu)
             sample_ptr = sample_pointer(z_ptr, sample, total, TILING)
             store(contiguous_pointers(sample_ptr, tile, shape, TILING), z, tile.mask)
@@ -97,6 +98,7 @@ def backward_kernel(
     x_p_ptr,
     seed_ptr,
     eps_ptr,
+    window_ptr,
     dz_ptr,  # operand, one for each sample
     dkl_ptr,  # [rows, cols] if elementwise, else one for every rows_per_kl rows, or for each packed row
     dmu_ptr,  # operands with the same strides, so that their addresses are computed once
@@ -114,7 +116,7 @@ def backward_kernel(
     TILING: tl.constexpr,
 ):
     shape = make_shape(rows, cols, total, chunks, counts, TILING)
-    tile = make_tile(shape, TILING)
+    tile = make_tile(shape, window_ptr, TILING)
     latent = load_latent(mu_ptr, x_ptr, mu_p_ptr, x_p_ptr, strides, tile, shape, OPTIONS, TILING)
     e = element(latent, OPTIONS, mu_p_ptr is not None)
     # dmu and dsigma: the sums over the samples of dz and of dz * eps. They start at -0, which changes no bit of a sum.
@@ -126,7 +128,7 @@ def backward_kernel(
             sample = tile.first_col * 0 + i  # 64-bit
             sample_ptr = sample_pointer(dz_ptr, sample, dz_sample_stride, TILING)
             dz = load(pointers(sample_ptr, dz_strides, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
-            eps = noise(seed_ptr, eps_ptr, sample, tile, shape, OPTIONS.FLOAT64, TILING)
+            eps = noise(seed_ptr, eps_ptr, window_ptr, sample, tile, shape, OPTIONS.FLOAT64, TILING)
             if eps_ptr is not None:
                 eps = slope_at(dz, eps)
             dmu += dz

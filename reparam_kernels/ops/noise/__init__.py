@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core import checks
-from ...core.seeds import make_seed
+from ...core import checks, dtensor
+from ...core import window as windows
+from ...core.window import Window
 from .op import draw_into
 
 NOISE_VERSION = 1
@@ -16,6 +17,7 @@ def randn(
     *size: Any,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
+    window: Window | None = None,
     out: Tensor | None = None,
     dtype: torch.dtype | None = None,
     layout: torch.layout = torch.strided,
@@ -35,6 +37,7 @@ def randn(
             for each leading item, the element index restarting in each. Default: drawn from the generator, as by
             draw_seed.
         generator: the torch.Generator that the seed is drawn from; default torch's own.
+        window: (whole_shape, start), as for reparameterize: the noise is that of randn(whole_shape) at these places.
         out, dtype, layout, device, requires_grad, pin_memory: as for torch.randn; float16, bfloat16, float32 (made in
             float32, then rounded) or float64 (widened).
 
@@ -56,7 +59,7 @@ def randn(
     checks.float_dtype("randn", dtype)
     result = torch.empty(*size, out=out, dtype=dtype, layout=layout, device=device, pin_memory=pin_memory)
     checks.floating("randn", "the default dtype" if out is None else "out", result)
-    eps = filled("randn", result, seed, generator)
+    eps = filled("randn", result, seed, generator, window)
     with torch.no_grad():
         result = eps if out is None or eps is out else out.copy_(eps)
     return result.requires_grad_(requires_grad) if requires_grad else result
@@ -67,6 +70,7 @@ def randn_like(
     *,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
+    window: Window | None = None,
     dtype: torch.dtype | None = None,
     layout: torch.layout | None = None,
     device: torch.device | str | int | None = None,
@@ -80,7 +84,7 @@ def randn_like(
 
     Args:
         input: gives the shape and the defaults of dtype, layout and device.
-        seed, generator: as for randn.
+        seed, generator, window: as for randn.
         dtype, layout, device, requires_grad, pin_memory, memory_format: as for torch.randn_like. The index of an
             element is that in the logical, row-major order, whatever the memory format.
 
@@ -102,14 +106,22 @@ def randn_like(
     options: Any = {"dtype": dtype, "layout": layout, "device": device, "pin_memory": pin_memory}
     result = torch.empty_like(input, memory_format=memory_format, requires_grad=False, **options)
     checks.floating("randn_like", "input", result)
-    eps = filled("randn_like", result, seed, generator)
+    eps = filled("randn_like", result, seed, generator, window)
     with torch.no_grad():
         result = eps if eps.stride() == result.stride() else result.copy_(eps)
     return result.requires_grad_(requires_grad) if requires_grad else result
 
 
-def filled(where: str, result: Tensor, seed: int | Tensor | None, generator: torch.Generator | None) -> Tensor:
+def filled(
+    where: str, result: Tensor, seed: int | Tensor | None, generator: torch.Generator | None, window: Any
+) -> Tensor:
     """Fill a tensor with noise, or return a tensor with the noise where the tensor can't be filled in place."""
-    seeds = make_seed(where, seed, generator, result.device, result.shape[0] if result.dim() else None)
+    drawn, whole = seed is None, tuple(result.shape)
+    seeds, window = windows.place(where, seed, generator, result.device, whole, window)
     with torch.no_grad():
-        return draw_into(result, seeds)
+        if not dtensor.is_dtensor(result):
+            return draw_into(result, seeds, window)
+        dtensor.one_seed(where, result, seeds, drawn)
+        seeds, window = dtensor.window_of_part(seeds, window, whole, *dtensor.part_of("the result", result))
+        part = draw_into(dtensor.local(result).contiguous(), seeds, window)
+        return dtensor.from_part(part, result.device_mesh, result.placements, whole)  # type: ignore[attr-defined]

@@ -8,10 +8,10 @@ from ...gpu.tiles import contiguous_pointers, make_shape, make_tile, noise, stor
 
 
 @triton.jit(do_not_specialize=["rows", "cols", "total", "chunks"])
-def randn_kernel(out_ptr, seed_ptr, rows, cols, total, chunks, counts, TILING: tl.constexpr):
+def randn_kernel(out_ptr, seed_ptr, window_ptr, rows, cols, total, chunks, counts, TILING: tl.constexpr):
     shape = make_shape(rows, cols, total, chunks, counts, TILING)
-    tile = make_tile(shape, TILING)
-    eps = noise(seed_ptr, None, tile.first_col * 0, tile, shape, False, TILING)
+    tile = make_tile(shape, window_ptr, TILING)
+    eps = noise(seed_ptr, None, window_ptr, tile.first_col * 0, tile, shape, False, TILING)
     store(contiguous_pointers(out_ptr, tile, shape, TILING), eps, tile.mask)
 
 
