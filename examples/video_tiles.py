@@ -146,9 +146,9 @@ def picture(model: Autoencoder, video: Tensor, ways: dict[str, Tensor], path: Pa
     for i, (name, z) in enumerate(ways.items()):
         gap = (z - exact).abs()[0].amax((0, 1))
         gap = interpolate(gap[None, None], scale_factor=SCALE)[0, 0]
-        first = axes[0, i].imshow(gap, cmap="magma", vmin=0, vmax=3)
+        first = axes[0, i].imshow(gap.numpy(), cmap="magma", vmin=0, vmax=3)
         axes[0, i].set_title(f"{name}\nlargest {gap.max():.1g}")
-        second = axes[1, i].imshow(spread(model, video, z), cmap="viridis", vmin=0.5, vmax=1.1)
+        second = axes[1, i].imshow(spread(model, video, z).numpy(), cmap="viridis", vmin=0.5, vmax=1.1)
         for ax in axes[:, i]:
             ax.set(xticks=[], yticks=[])
     axes[0, 0].set_ylabel("difference of z from the whole")

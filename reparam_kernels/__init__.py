@@ -18,7 +18,7 @@ from .ops.latent import (
 from .ops.mixture import mixture_log_prob
 from .ops.noise import NOISE_VERSION, randn, randn_like
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "NOISE_VERSION",

@@ -26,7 +26,7 @@ def shard(arguments: Arguments) -> tuple[Arguments, Callable[[Outputs], Outputs]
     shape, start = dtensor.part_of(name, mu)
     whole = list(mu.shape)
     if config.packed is not None:
-        if shape[config.packed] != whole[config.packed]:
+        if any(placement.is_shard() and placement.dim % mu.dim() == config.packed for placement in placements):
             raise ValueError(
                 f"DTensor: moments must not be sharded in dim {config.packed}, which holds mu and logvar; "
                 f"got {placements}. Redistribute them, or shard another dim."
