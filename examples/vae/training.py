@@ -39,7 +39,7 @@ def batches(x: Tensor, options: Options, epoch: int) -> Iterator[tuple[int, Tens
 
 
 @torch.no_grad()
-def held_out_elbo(model: VAE, x: Tensor, seed: int = STREAM - 1) -> float:
+def held_out_elbo(model: nn.Module, x: Tensor, seed: int = STREAM - 1) -> float:
     """Return the mean ELBO in nats per image, over 16 samples of z each."""
     terms = model(x, seed, (HELD_OUT_SAMPLES,))
     return -(terms.nll.mean(0) + terms.kl).mean().item()
@@ -77,7 +77,6 @@ def train(
     ) as bar:
         for epoch in bar:
             history.append(train_epoch(parallel, optimizer, images, options, epoch, processes))
-            history[-1]["held_out"] = held_out_elbo(model, images.test)
             bar.set_postfix(elbo=f"{history[-1]['elbo']:.2f}", held_out=f"{history[-1]['held_out']:.2f}")
             if checkpoint is not None and processes.rank == 0:
                 save(checkpoint, model, optimizer, options, history)
@@ -90,13 +89,13 @@ def train_epoch(
     images: Images,
     options: Options,
     epoch: int,
-    processes: Processes,
+    processes: Processes = Processes(),  # noqa: B008  immutable
 ) -> dict[str, float]:
     nll = kl = 0.0
     for step, x in batches(images.train, options, epoch):
         own = processes.rows(len(x))
-        window = ((len(x), options.latent), (own.start, 0)) if processes.count > 1 else None
-        terms = model(x[own], options.seed * STREAM + step, window=window)
+        place = {"window": ((len(x), options.latent), (own.start, 0))} if processes.count > 1 else {}
+        terms = model(x[own], options.seed * STREAM + step, **place)
         optimizer.zero_grad()
         # The mean over the batch: the average over the processes of the gradients of this.
         ((terms.nll + terms.kl).sum() * processes.count / len(x)).backward()
@@ -106,7 +105,8 @@ def train_epoch(
     n = len(images.train)
     sums = torch.tensor([nll, kl], dtype=torch.float64, device=images.train.device)
     nll, kl = processes.total(sums).tolist()
-    return {"epoch": epoch + 1, "elbo": -(nll + kl) / n, "reconstruction": nll / n, "kl": kl / n}
+    held_out = held_out_elbo(model, images.test)
+    return {"epoch": epoch + 1, "elbo": -(nll + kl) / n, "reconstruction": nll / n, "kl": kl / n, "held_out": held_out}
 
 
 def save(
