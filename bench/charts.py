@@ -110,7 +110,8 @@ def throughput(rows: list[Row], path: Path) -> Path:
 def ratios(rows: list[Row], path: Path) -> Path:
     """Draw each peer's time over ours, in the passes of training. Inductor's own noise on CPUs, which is slow, is left
     to the tables: fallback_random, which takes torch's, is the peer to beat."""
-    which = [name for name in dict.fromkeys(r["pass"] for r in rows) if name != "forward"]
+    which = list(dict.fromkeys(r["pass"] for r in rows))
+    which = [name for name in which if name != "forward"] or which
     peers = [p for p in dict.fromkeys(r["provider"] for r in rows) if p not in OURS]
     if "compile fallback" in peers and "compile" in peers:
         peers.remove("compile")

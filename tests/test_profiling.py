@@ -12,7 +12,7 @@ import torch
 
 import reparam_kernels as rk
 from reparam_kernels.__main__ import main
-from reparam_kernels.profiling import breakdown, launches, module
+from reparam_kernels.profiling import breakdown, launches, measure, module
 from reparam_kernels.profiling.breakdown import PASSES
 from reparam_kernels.profiling.case import PARAMS, Case
 from reparam_kernels.profiling.providers import distributions, eager, ours
@@ -193,3 +193,10 @@ def test_bytes_kept_by_a_module_leave_out_its_parameters():
 
     assert {id(t) for t in module.parameters(loss())} == {id(weight)}
     assert module.profile(loss, torch.device("cpu"), 2, None).saved == 4 * (3 * 5 + 3 * 4)
+
+
+def test_what_a_sparse_tensor_keeps_is_counted():
+    x = torch.eye(6).to_sparse()
+    w = torch.ones(6, 8, requires_grad=True)
+    dense = 6 * 4 + 2 * 6 * 8  # values and two int64 indices of each
+    assert measure.saved_bytes(lambda w: (torch.sparse.mm(x, w),), [w]) == dense

@@ -145,3 +145,47 @@ def test_errors_say_what_must_hold(batches):
         assert_same_training(VAE(), Fused(), [], elbo)
     with pytest.raises(RuntimeError, match="Missing key"):
         assert_same_training(nn.Linear(2, 3), VAE(), batches, elbo)
+
+
+class KeepsItsLatent(torch.nn.Module):
+    """Keeps tensors of a forward call, as code of graph autoencoders does, and a constant that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.adjacency = torch.nn.Linear(4, 6), torch.eye(5)
+
+    def forward(self, x):
+        start = torch.zeros(5, 3)
+        self.z, kl = rk.reparameterize_kl(*(self.adjacency @ self.layer(x)).chunk(2, -1))
+        self.kept = [start + self.z]
+        return (self.kept[0].square().sum(-1) + kl).mean()
+
+
+def test_a_model_that_keeps_tensors_of_a_call_can_be_compared_and_checked():
+    torch.manual_seed(0)
+    model, x = KeepsItsLatent(), torch.rand(5, 4)
+    model(x)
+    z = model.z
+    rk.testing.assert_same_training(model, model, [x, x], lambda m, x: m(x))
+    assert rk.testing.gradcheck(model, x).wrong == []
+    assert model.z is z
+    assert model.adjacency.dtype == torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("draw", ["init", "out"])
+def test_every_way_to_draw_a_normal_is_shared(draw):
+    def old(model, x):
+        mu, logvar = model(x).chunk(2, -1)
+        eps = torch.zeros_like(mu)
+        if draw == "init":
+            torch.nn.init.normal_(eps)
+        else:
+            torch.randn(mu.shape, out=eps)
+        return (mu + (logvar / 2).exp() * eps).sum()
+
+    def new(model, x):
+        return rk.reparameterize(*model(x).chunk(2, -1)).sum()
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 6)
+    rk.testing.assert_same_training(model, model, [torch.randn(4, 3)] * 3, old, new)

@@ -137,11 +137,12 @@ def seed_of(row, shape, TILING: tl.constexpr):
 @triton.jit
 def index_in_whole(window_ptr, row, TILING: tl.constexpr):
     """Return the index of the first element of each row, 64-bit. `window_numbers` of plan.py says what lies there."""
+    LEVELS: tl.constexpr = TILING.WINDOW_LEVELS  # before triton 3.8 a field of a record is no constexpr
     index = tl.load(window_ptr) + row.to(tl.int64) * 0
     rest = row
-    for level in tl.static_range(TILING.WINDOW_LEVELS):
+    for level in tl.static_range(LEVELS):
         size, stride = tl.load(window_ptr + 2 + 2 * level), tl.load(window_ptr + 3 + 2 * level)
-        if level == TILING.WINDOW_LEVELS - 1:
+        if level == LEVELS - 1:
             index += rest.to(tl.int64) * stride
         else:
             if TILING.OFFSET_32BIT:

@@ -75,7 +75,7 @@ def checked_case(args: argparse.Namespace, device: torch.device, parser: argpars
 def write_trace(case: Case, path: Path) -> None:
     call = measure.passes(ours(case), case.leaves())["forward+backward"]
     call()
-    with torch.profiler.profile(activities=activities(case.device)) as recorded:
+    with torch.profiler.profile(activities=activities(case.device), acc_events=True) as recorded:
         call()
     recorded.export_chrome_trace(str(path))
 

@@ -103,15 +103,23 @@ def passes(f: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor]) -> dict[s
     return {"forward": forward, "forward with grad": with_grad, "forward+backward": both}
 
 
+def dense_parts(t: Tensor) -> list[Tensor]:
+    """Return the dense tensors that hold a sparse one, or a dense tensor itself."""
+    if t.layout is torch.strided:
+        return [t]
+    return [t._values(), t._indices()] if t.layout is torch.sparse_coo else [t.values()]
+
+
 def saved_bytes(f: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor]) -> int:
     """Count the bytes that autograd keeps for backward beyond the inputs, each storage once."""
     own = {t.untyped_storage().data_ptr() for t in leaves}
     kept: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        for part in dense_parts(t):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

@@ -53,7 +53,7 @@ def profile(loss: Callable[[], Tensor], device: torch.device, rounds: int, trace
         loss().backward()  # type: ignore[no-untyped-call]
 
     *_, timings = measure.interleave({"forward": loss, "forward+backward": both}, rounds, device.type)
-    with torch.profiler.profile(activities=activities(device)) as recorded:
+    with torch.profiler.profile(activities=activities(device), acc_events=True) as recorded:
         both()
         torch.get_device_module(device).synchronize()
     if trace is not None:

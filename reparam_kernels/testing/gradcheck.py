@@ -1,14 +1,16 @@
 """gradcheck of a whole model: autograd's slopes beside finite differences, in float64 and with a fixed seed."""
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from .copies import copied
 
 
 class Slope(NamedTuple):
@@ -133,7 +135,11 @@ class SeededFunction:
         }
         self.function, self.module = function, None
         if isinstance(function, nn.Module):
-            self.module = copy.deepcopy(function).double()
+            self.module = copied(function).double()
+            for module in self.module.modules():  # .double() leaves tensors that are no buffers as they are
+                for name, value in vars(module).items():
+                    if isinstance(value, (Tensor, list, tuple, dict)) and not name.startswith("_"):
+                        setattr(module, name, to_float64(value))
             self.variables |= {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         if not self.variables:
             raise ValueError(
@@ -146,7 +152,7 @@ class SeededFunction:
         """Evaluate with one variable shifted. Return the value and the sum of the magnitudes of its terms."""
         variables = self.variables if name is None else self.variables | {name: self.variables[name] + shift}
         inputs = [variables.get(f"input {i}", value) for i, value in enumerate(self.inputs)]
-        with torch.random.fork_rng(self.devices):
+        with torch.random.fork_rng(self.devices), float64_by_default():
             torch.manual_seed(self.seed)
             if self.module is None:
                 output = self.function(*inputs)
@@ -155,6 +161,17 @@ class SeededFunction:
                 buffers = {n: b.clone() for n, b in self.module.named_buffers()}
                 output = functional_call(self.module, parameters | buffers, tuple(inputs))
         return weighted_sum(list(floating_tensors(output)))
+
+
+@contextmanager
+def float64_by_default() -> Iterator[None]:
+    """Let a function that makes a tensor without a dtype make it in float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def weighted_sum(outputs: list[Tensor]) -> tuple[Tensor, float]:

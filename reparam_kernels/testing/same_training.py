@@ -1,6 +1,5 @@
 """Do two versions of a model train alike? Both get the same noise, and rounding is the yardstick."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..ops.noise import randn
+from .copies import copied
 
 DROPOUTS = {
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
@@ -125,7 +125,8 @@ def assert_same_training(
             lines = "\n".join(map(str, sorted(wrong, key=lambda d: -d.difference / d.allowed)[:10]))
             raise AssertionError(
                 "assert_same_training: the versions must have the same loss and gradients but for rounding; got\n"
-                f"{lines}\nCompare sigma, the KL's dims and its weight in the two versions."
+                f"{lines}\nCompare sigma, the KL's dims and its weight in the two versions, and small numbers that one "
+                "of them adds, as in log(sigma + 1e-7). If a kink such as ReLU's is near, another seed passes."
             )
     if not report.before:
         raise ValueError("assert_same_training: batches must hold an item for each step; got none. Pass a list.")
@@ -155,7 +156,7 @@ class Run:
         seed: int,
         spacings: int = 0,
     ) -> None:
-        self.model, self.loss = copy.deepcopy(model), loss
+        self.model, self.loss = copied(model), loss
         self.model.load_state_dict(start.state_dict())
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = optimizer(self.parameters.values())
@@ -189,7 +190,7 @@ class Generators:
 
     def state(self) -> tuple[bytes, ...]:
         states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in self.devices)]
-        return tuple(bytes(s.numpy()) for s in states)
+        return tuple(bytes(s.tolist()) for s in states)
 
     def set(self, state: tuple[bytes, ...]) -> None:
         cpu, *others = (torch.frombuffer(bytearray(s), dtype=torch.uint8) for s in state)
@@ -220,6 +221,9 @@ class SharedNoise(TorchFunctionMode):
             return self.normal(*args, **kwargs)
         if func is torch.Tensor.normal_:
             return self.normal_(*args, **kwargs)
+        if func is nn.init.normal_:  # which calls Tensor.normal_ where no mode sees it
+            with torch.no_grad():
+                return self.normal_(kwargs.pop("tensor"), **kwargs)
         if func in DROPOUTS:
             return self.from_own_stream(func, args, kwargs)
         return func(*args, **kwargs)
@@ -229,7 +233,8 @@ class SharedNoise(TorchFunctionMode):
 
     def randn(self, *size: Any, **options: Any) -> Tensor:
         named = [options.pop("size")] if "size" in options else []
-        return self.scaled(randn(*size, *named, **options))
+        eps = randn(*size, *named, **options)
+        return self.scaled(eps) if options.get("out") is None else eps.copy_(self.scaled(eps))
 
     def randn_like(self, like: Tensor, **options: Any) -> Tensor:
         options.pop("memory_format", None)  # which does not change a number

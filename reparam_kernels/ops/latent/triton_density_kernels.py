@@ -139,13 +139,14 @@ def density_backward_kernel(
     # mu_p / sigma_p and log sigma_p.
     zero = tl.full(latent.mu.shape, 0.0, latent.mu.dtype)
     to_u, to_sigma, to_log_sigma, to_mu_p, to_log_sigma_p = zero, zero, zero, zero, zero
+    dz_strides, grad_strides = strides.dz, strides.grad  # triton 3.6 loses constants of nested records at a loop
     for i in range(shape.samples):
         sample = tile.first_col * 0 + i  # 64-bit
         eps = noise(seed_ptr, eps_ptr, window_ptr, sample, tile, shape, OPTIONS.FLOAT64, TILING)
         du, g = zero, zero
         if dz_ptr is not None:
             sample_ptr = sample_pointer(dz_ptr, sample, dz_sample_stride, TILING)
-            du = load(pointers(sample_ptr, strides.dz, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
+            du = load(pointers(sample_ptr, dz_strides, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
         if dlog_q_ptr is not None:
             g = tl.broadcast_to(load_dlog_q(dlog_q_ptr, sample, tile, shape, OPTIONS, TILING), zero.shape)
         if OPTIONS.TANH:
@@ -171,9 +172,9 @@ def density_backward_kernel(
     if OPTIONS.CLAMP:
         dx = tl.where(in_bounds(latent.raw_x, OPTIONS), dx, 0.0)
     if dmu_ptr is not None:
-        store(pointers(dmu_ptr, strides.grad, tile, shape, TILING), to_u, tile.mask)
+        store(pointers(dmu_ptr, grad_strides, tile, shape, TILING), to_u, tile.mask)
     if dx_ptr is not None:
-        store(pointers(dx_ptr, strides.grad, tile, shape, TILING), dx, tile.mask)
+        store(pointers(dx_ptr, grad_strides, tile, shape, TILING), dx, tile.mask)
     if dmu_p_ptr is not None:
         dmu_p = to_mu_p * slope_at(to_mu_p, e.inverse_p)
         store(contiguous_pointers(dmu_p_ptr, tile, shape, TILING), dmu_p, tile.mask)

@@ -189,10 +189,10 @@ def joint_terms(z_ptr, fields_ptr, joint_ptr, weights_ptr, b, n, sizes, OPTIONS:
     HALF_TOP: tl.constexpr = HALF_64 if OPTIONS.FLOAT64 else HALF
     REST: tl.constexpr = 0.0 if OPTIONS.FLOAT64 else HALF_REST
     b_mask, n_mask = b < sizes.items, n < sizes.components
-    squares = tl.zeros([OPTIONS.BLOCK_B, OPTIONS.BLOCK_N], FLOAT)
+    squares = tl.full([OPTIONS.BLOCK_B, OPTIONS.BLOCK_N], 0.0, FLOAT)
     rest = squares
     for first in range(0, sizes.cols, PLAIN_DIMS):
-        part = tl.zeros([OPTIONS.BLOCK_B, OPTIONS.BLOCK_N], FLOAT)
+        part = tl.full([OPTIONS.BLOCK_B, OPTIONS.BLOCK_N], 0.0, FLOAT)
         for i in range(first, tl.minimum(first + PLAIN_DIMS, sizes.cols)):
             e, _ = load_e(z_ptr, fields_ptr, tl.full((), 0, tl.int64) + i, b, n, b_mask, n_mask, sizes)
             part = fma(e, e, part)
@@ -250,7 +250,7 @@ def joint_kernel(
     LOWEST: tl.constexpr = -FAR_64 if OPTIONS.FLOAT64 else -FAR
     b = tl.program_id(0).to(tl.int64) * OPTIONS.BLOCK_B + tl.arange(0, OPTIONS.BLOCK_B)
     maximum = tl.full([OPTIONS.BLOCK_B], LOWEST, FLOAT)
-    total = tl.zeros([OPTIONS.BLOCK_B], FLOAT)
+    total = tl.full([OPTIONS.BLOCK_B], 0.0, FLOAT)
     for first in range(0, sizes.components, OPTIONS.BLOCK_N):
         n = tl.full((), 0, tl.int64) + first + tl.arange(0, OPTIONS.BLOCK_N)
         terms = joint_terms(z_ptr, fields_ptr, joint_ptr, weights_ptr, b, n, sizes, OPTIONS)
@@ -278,7 +278,7 @@ def dims_kernel(
     b = pid // sizes.cols * OPTIONS.BLOCK_B + tl.arange(0, OPTIONS.BLOCK_B)
     b_mask = b < sizes.items
     maximum = tl.full([OPTIONS.BLOCK_B], LOWEST, FLOAT)
-    total = tl.zeros([OPTIONS.BLOCK_B], FLOAT)
+    total = tl.full([OPTIONS.BLOCK_B], 0.0, FLOAT)
     for first in range(0, sizes.components, OPTIONS.BLOCK_N):
         n = tl.full((), 0, tl.int64) + first + tl.arange(0, OPTIONS.BLOCK_N)
         n_mask = n < sizes.components
@@ -311,7 +311,7 @@ def joint_gradients(ptrs, b, n, sizes, OPTIONS: tl.constexpr):
         terms = joint_terms(ptrs.z, ptrs.fields, ptrs.joint, ptrs.weights, b, n, sizes, OPTIONS)
         return share(terms.top, terms.rest, ptrs.joint_sums, ptrs.joint_grad, b, sizes.items, b < sizes.items, OPTIONS)
     else:
-        return tl.zeros([OPTIONS.BLOCK_B, OPTIONS.BLOCK_N], FLOAT)
+        return tl.full([OPTIONS.BLOCK_B, OPTIONS.BLOCK_N], 0.0, FLOAT)
 
 
 @triton.jit
@@ -388,7 +388,7 @@ def components_backward_kernel(
     n = pid // chunks * OPTIONS.BLOCK_N + tl.arange(0, OPTIONS.BLOCK_N)
     begin = pid % chunks * dims_per_program
     n_mask = n < sizes.components
-    of_weights = tl.zeros([OPTIONS.BLOCK_N], FLOAT)
+    of_weights = tl.full([OPTIONS.BLOCK_N], 0.0, FLOAT)
     for first in range(0, sizes.items, OPTIONS.BLOCK_B):
         b = tl.full((), 0, tl.int64) + first + tl.arange(0, OPTIONS.BLOCK_B)
         b_mask = b < sizes.items
