@@ -95,7 +95,8 @@ def table(results):
     for r in results:
         lines += ["", f"torch {r['torch']} on Python {r['Python']}:", ""]
         lines += [f"- failed: `{test}`: {error}" for test, error in r["failures"].items()]
-        lines += [f"- wheels: {', '.join(f'`{wheel}`' for wheel in r['wheels'])}"]
+        wheels = "<br>".join(r["wheels"])
+        lines += ["", f"<details><summary>the {len(r['wheels'])} wheels</summary>{wheels}</details>"]
     return "\n".join(lines) + "\n"
 
 
