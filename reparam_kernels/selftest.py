@@ -4,6 +4,7 @@ Each check yields its failures as text, or raises Skip if it cannot run here. Bi
 kernels, which another compiler made for another instruction set; everything else with plain torch in float64.
 """
 
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -386,10 +387,11 @@ def main(device: str) -> int:
         if backend == "triton"
         else ""
     )
-    print(f"selftest of the {backend} backend on {where} {name}\n")
+    print(f"selftest of the {backend} backend on {where} {name}".rstrip() + "\n")
     results = run(where)
     for r in results:
-        print(f"{r.name:14} {r.verdict:8} {r.seconds:6.1f} s  {r.detail}")
+        line = f"{r.name:14} {r.verdict:8} {r.seconds:6.1f} s  {r.detail}"
+        print(textwrap.fill(line, 80, subsequent_indent=" " * 34))
     failed = [r.name for r in results if r.verdict == "FAILED"]
     print(f"\n{sum(r.verdict == 'passed' for r in results)} passed, {len(failed)} failed", end="")
     print(f", {sum(r.verdict == 'skipped' for r in results)} skipped")
