@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 import reparam_kernels as rk
+from reparam_kernels.ops.latent.arguments import Density, make_arguments
+from reparam_kernels.ops.latent.op import LATENT
 from tests.cases import DTYPES, UNIT
 
 PARAMS = ("logvar", "logstd", "std", "softplus")
@@ -330,6 +332,12 @@ def test_dreg_has_the_squared_weights_for_the_encoder_and_those_of_iwae_for_the_
     (of_decoder,) = torch.autograd.grad(-(w * log_weights).sum(0).mean(), (decoder.weight,))
     for a, b in zip(got, (*encoder, of_decoder), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_the_registered_op_refuses_to_compute_kl_and_log_q_at_once(backend):
+    arguments = make_arguments("test", torch.zeros(2, 3), torch.zeros(2, 3), True, True, density=Density())
+    with pytest.raises(ValueError, match="latent: at most one of kl and log_q must be asked for; got both"):
+        LATENT.registered(arguments)
 
 
 def test_errors_of_the_losses():

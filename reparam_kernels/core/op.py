@@ -233,8 +233,9 @@ def define(name: str, flat: list[str], results: tuple[str, ...], launch: list[st
     def in_full(make: Callable[..., list[Tensor]], values: tuple[Any, ...]) -> Any:
         """Make what a launch returns, and an empty tensor for each result that is not asked for."""
         launched = rules.to_launch(values)
+        every = rules.asked(launched)
         made = iter(make(*launched))
-        return one_or_all(next(made) if asked else values[0].new_empty(0) for asked in rules.asked(launched))
+        return one_or_all(next(made) if asked else values[0].new_empty(0) for asked in every)
 
     def lower(*values: Any) -> Any:
         return in_full(launch_op.default, values)

@@ -90,6 +90,10 @@ def empty_prior_gradient(like: Tensor | None, mu: Tensor) -> Tensor:
 def shapes(arguments: Arguments) -> tuple[Shape | None, ...]:
     """Return the shapes and dtypes of z, kl and log_q."""
     config, mu = arguments.config, arguments.mu
+    if config.kl and config.log_q:  # no public function asks for both, and no kernel computes them at once
+        raise ValueError(
+            "latent: at most one of kl and log_q must be asked for; got both. Call the op twice, with one seed."
+        )
     dims = list(mu.shape)
     if config.packed is not None:
         dims[config.packed] //= 2
