@@ -34,6 +34,11 @@ class Given(NamedTuple):
     dims: tuple  # for each cotangent: the dim of the batch
 
 
+def options_of(case):  # torch.compile of torch 2.10 does not trace a property of a NamedTuple
+    min_std = {"min_std": 0.125} if case.param == "softplus" else {}
+    return {"param": case.param, "sample_shape": case.samples, **min_std, **DENSITIES.get(case.density, {})}
+
+
 class LatentCase(NamedTuple):
     dtype: torch.dtype
     param: str
@@ -42,11 +47,6 @@ class LatentCase(NamedTuple):
     samples: tuple
     seeds: bool  # one for each item, so that the batch may be cut
     density: str | None = None  # KL, or the log-density or the log-ratio of the sample: a key of DENSITIES
-
-    @property
-    def options(self):
-        min_std = {"min_std": 0.125} if self.param == "softplus" else {}
-        return {"param": self.param, "sample_shape": self.samples, **min_std, **DENSITIES.get(self.density, {})}
 
     @property
     def outputs(self):
@@ -58,10 +58,10 @@ class LatentCase(NamedTuple):
 
     def draw(self, ops, mu, x, *prior, **noise):
         if self.prior and self.density:
-            return ops.reparameterize_mc_kl(mu, x, prior=prior, **noise, **self.options)
+            return ops.reparameterize_mc_kl(mu, x, prior=prior, **noise, **options_of(self))
         if self.density:
-            return ops.reparameterize_log_prob(mu, x, **noise, **self.options)
-        return ops.reparameterize_kl(mu, x, prior=prior or None, **noise, **self.options)
+            return ops.reparameterize_log_prob(mu, x, **noise, **options_of(self))
+        return ops.reparameterize_kl(mu, x, prior=prior or None, **noise, **options_of(self))
 
     def call(self, seed, mu, x, *prior):
         """Return the outputs, and eps."""
