@@ -5,7 +5,6 @@ some. The results of bench/results/zen4 are of another machine and stay.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import time
@@ -21,7 +20,6 @@ OPS = "reparam_kernels bench --csv {results}/{part}/results.csv"
 class Part(NamedTuple):
     command: str
     minutes: str  # estimated for a quiet machine of two cores
-    env: tuple[tuple[str, str], ...] = ()
 
 
 PARTS = {
@@ -34,7 +32,6 @@ PARTS = {
     "densities": Part(f"{OPS} --op log_prob tanh mc_kl --shape 128x20 512x128 1024x1024 --rounds 20", "7"),
     "mixtures": Part(f"{OPS} --op joint dims both --rounds 8", "7"),
     "half": Part(f"{OPS} --op latent --dtype bfloat16 float16 --shape 512x128 1024x1024", "4"),
-    "avx2": Part(f"{OPS} --op latent noise --shape 512x128 1024x1024", "3", (("REPARAM_CPU_ISA", "avx2"),)),
     "steps": Part(STEPS, "5"),
     "recurrent": Part(f"{STEPS} --recurrent", "6"),
     "scaling": Part("bench.scaling --out {results}", "3"),
@@ -56,14 +53,13 @@ def main() -> None:
     for name in args.part or PARTS:
         part = PARTS[name]
         command = part.command.format(results=RESULTS.relative_to(ROOT), part=name)
-        settings = "".join(f"{key}={value} " for key, value in part.env)
-        print(f"[{name}, {part.minutes} min] {settings}{command}", flush=True)
+        print(f"[{name}, {part.minutes} min] {command}", flush=True)
         if args.list:
             continue
         if "{part}" in part.command:
             (RESULTS / name).mkdir(exist_ok=True)
         start = time.monotonic()
-        subprocess.run([sys.executable, "-m", *command.split()], cwd=ROOT, env=os.environ | dict(part.env), check=True)
+        subprocess.run([sys.executable, "-m", *command.split()], cwd=ROOT, check=True)
         print(f"[{name} took {(time.monotonic() - start) / 60:.1f} min]", flush=True)
 
 
