@@ -180,7 +180,14 @@ def test_a_gpu_that_triton_does_not_take_runs_in_plain_torch_and_says_why(monkey
 
 @pytest.mark.parametrize(
     ("architecture", "taken"),
-    [("gfx803", False), ("gfx900", False), ("gfx1010:xnack-", False), ("gfx1030", False), ("gfx906", True)]
+    [
+        ("gfx803", False),
+        ("gfx900", False),
+        ("gfx1010:xnack-", False),
+        ("gfx1030", False),
+        ("gfx940", False),
+        ("gfx906", True),
+    ]
     + [(name, True) for name in ("gfx908", "gfx90a:sramecc+:xnack-", "gfx942", "gfx950", "gfx1100", "gfx1201")],
 )
 def test_an_amd_gpu_that_triton_does_not_compile_for_runs_in_plain_torch(monkeypatch, architecture, taken):
@@ -191,5 +198,6 @@ def test_an_amd_gpu_that_triton_does_not_compile_for_runs_in_plain_torch(monkeyp
     monkeypatch.setattr("torch.version.hip", "7.0")
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda: SimpleNamespace(gcnArchName=architecture))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "A GPU")
-    says = f"A GPU has architecture {architecture}, and Triton compiles for gfx906 and later gfx9, and from gfx11 on"
+    takes = "gfx906, gfx908, gfx90a, gfx942, gfx950, and from gfx11 on"
+    says = f"A GPU has architecture {architecture}, and Triton compiles for {takes}"
     assert backends.too_old("cuda") == (None if taken else says)

@@ -14,7 +14,7 @@ from . import extension, torch_modes
 
 NAMES = ("cpu", "triton", "reference")
 OLDEST_CAPABILITY = (7, 0)
-AMD_ARCHITECTURES = re.compile(r"gfx(90[6-9a-f]|9[1-9a-f].|1[1-9]..)")  # for which Triton compiles the kernels
+AMD_ARCHITECTURES = re.compile(r"gfx(90[68a]|942|950|1[1-9]..)")  # for which Triton compiles the kernels
 FORCED = os.environ.get("REPARAM_BACKEND")
 if FORCED is not None and FORCED not in NAMES:
     raise ValueError(f"REPARAM_BACKEND: must be one of {', '.join(NAMES)}; got {FORCED!r}. Correct it, or unset it.")
@@ -62,7 +62,7 @@ def too_old(device_type: str) -> str | None:
         return None
     if torch.version.hip:
         known = AMD_ARCHITECTURES.match(torch.cuda.get_device_properties().gcnArchName)
-        takes = None if known else "compiles for gfx906 and later gfx9, and from gfx11 on"
+        takes = None if known else "compiles for gfx906, gfx908, gfx90a, gfx942, gfx950, and from gfx11 on"
     else:
         takes = None if torch.cuda.get_device_capability() >= OLDEST_CAPABILITY else "needs 7.0 or later"
     return takes and f"{torch.cuda.get_device_name()} has {architecture('cuda')}, and Triton {takes}"

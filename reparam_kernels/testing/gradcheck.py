@@ -1,6 +1,5 @@
 """gradcheck of a whole model: autograd's slopes beside finite differences, in float64 and with a fixed seed."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .copies import copied
+from .copies import copied, floating_tensors
 
 
 class Slope(NamedTuple):
@@ -251,17 +250,3 @@ def to_float64(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: to_float64(v) for key, v in value.items()}
     return value
-
-
-def floating_tensors(output: Any) -> Iterator[Tensor]:
-    """The floating tensors of an output, at any depth of tuples, lists, dicts and dataclasses."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from floating_tensors(value)
-    elif isinstance(output, dict):
-        yield from floating_tensors(list(output.values()))
-    elif dataclasses.is_dataclass(output):
-        yield from floating_tensors([getattr(output, field.name) for field in dataclasses.fields(output)])
