@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 Row = dict[str, Any]
@@ -61,13 +62,13 @@ def draw(rows: list[Row], out: Path) -> list[Path]:
     return [*paths, memory(backward, out / "memory.png")] if backward else paths
 
 
-def save(figure: plt.Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
     return path
 
 
-def legend(figure: plt.Figure) -> None:
+def legend(figure: Figure) -> None:
     """Draw one legend for all panels, below them."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncol=4, fontsize=8, frameon=False)

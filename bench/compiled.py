@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -72,22 +73,18 @@ def compiling(target: str) -> Iterator[list[Launch]]:
         constants |= {p.name: value for p, value in zip(self.params, args, strict=False) if p.is_constexpr}
         launches.append(Launch(self.__name__, target, grid, args, constants, code))
 
-    launchers = (latent, noise)
-    before = [launcher.compiler for launcher in launchers], backends.backend_name
-    JITFunction.run = record
-    for launcher in launchers:
-        launcher.compiler = lambda: TARGETS[target].backend
-    backends.backend_name = lambda device_type: "triton"
-    backends.kernels.cache_clear()
-    PLANS.clear()
-    driver.set_active(Stub(target))
     try:
-        yield launches
+        with (
+            mock.patch.object(JITFunction, "run", record),
+            mock.patch.object(latent, "compiler", return_value=TARGETS[target].backend),
+            mock.patch.object(noise, "compiler", return_value=TARGETS[target].backend),
+            mock.patch.object(backends, "backend_name", return_value="triton"),
+        ):
+            backends.kernels.cache_clear()
+            PLANS.clear()
+            driver.set_active(Stub(target))
+            yield launches
     finally:
-        JITFunction.run = run
-        for launcher, compiler in zip(launchers, before[0], strict=True):
-            launcher.compiler = compiler
-        backends.backend_name = before[1]
         backends.kernels.cache_clear()
         PLANS.clear()
 

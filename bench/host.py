@@ -1,8 +1,11 @@
-"""`python -m bench.host` measures what a launch costs on the host before the GPU runs it. It needs no GPU.
+"""`python -m bench.host` measures what a call costs on the host besides its kernels. It needs no GPU.
 
-bench/cuda_stub.c takes the place of the CUDA driver, and CPU tensors that of CUDA tensors. Triton's launcher and ours
-run as they would, and a launch ends in a function that does nothing. So the figures leave out the driver's own part of
-a launch, and the cost of CUDA memory and random numbers, for which the whole call adds OUTPUTS_AND_SEED.
+For a launch on a GPU, bench/cuda_stub.c takes the place of the CUDA driver, and CPU tensors that of CUDA tensors.
+Triton's launcher and ours run as they would, and a launch ends in a function that does nothing. So the figures leave
+out the driver's own part of a launch, and the cost of CUDA memory and random numbers, for which the whole call adds
+OUTPUTS_AND_SEED.
+
+Inside torch.compile, a call on CPU tensors is measured beside a registered op that computes nothing.
 """
 
 import argparse
@@ -28,12 +31,16 @@ from triton.runtime import driver
 import reparam_kernels as rk
 from reparam_kernels.core import backends
 from reparam_kernels.gpu.launch import PLANS
+from reparam_kernels.ops.latent import cpu
 from reparam_kernels.ops.latent import triton as latent
 from reparam_kernels.ops.latent.arguments import make_arguments
 from reparam_kernels.ops.noise import triton as noise
+from reparam_kernels.profiling import options
+from reparam_kernels.profiling.providers import compiled
 
 OUTPUTS_AND_SEED = 20.0  # us on a GPU: four outputs from the caching allocator, and the launch that draws a seed
 REPEATS, CALLS = 1000, 20  # short repeats, some of which nothing interrupts
+COMPILED_SHAPES = [(128, 20), (512, 128)]
 SHAPES = [(128, 20), (16, 4, 64, 64)]
 
 
@@ -74,15 +81,17 @@ def stub_driver() -> Iterator[Any]:
 
 
 @triton.jit
-def three_arguments(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+def three_arguments(x_ptr, y_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # triton reads annotations
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < n), mask=i < n)
 
 
-def best(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+def best(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Return the microseconds of each call: the least of many repeats, which take turns."""
+    for call in calls.values():
+        call()
     least = dict.fromkeys(calls, float("inf"))
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for name, call in calls.items():
             start = time.perf_counter()
             for _ in range(CALLS):
@@ -95,10 +104,8 @@ def calls_of(shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
     mu, logvar = (torch.randn(shape, requires_grad=True) for _ in range(2))
     seed = torch.zeros(1, dtype=torch.int64)
     arguments = make_arguments("bench", mu.detach(), logvar.detach(), z=True, kl=True, seed=seed)
-    z, kl = latent.forward(arguments)
-    assert z is not None
-    assert kl is not None
-    grads, wanted = (torch.zeros_like(z), torch.zeros_like(kl)), (True, True, False, False)
+    z, kl = torch.zeros(shape), torch.zeros(shape[0])
+    grads, wanted = (z, kl), (True, True, False, False)
 
     class Empty(torch.autograd.Function):
         """The tensors of a call without its checks and launches."""
@@ -122,47 +129,107 @@ def calls_of(shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
 
     return {
         "forward": lambda: latent.forward(arguments),
-        "backward": lambda: latent.backward(arguments, grads, wanted),
+        "backward": lambda: latent.backward(arguments, (*grads, None), wanted),
         "randn": lambda: noise.fill_eps(z, seed),
         "empty autograd.Function": empty,
         "whole call": whole,
     }
 
 
-def measure() -> dict[str, Any]:
+def define_empty_op() -> Any:
+    """Register an op with the tensors of reparameterize_kl and its gradient, which allocates and computes nothing."""
+    library = torch.library.Library("reparam_kernels_bench", "FRAGMENT")
+    library.define("empty(Tensor mu, Tensor logvar, Tensor seed) -> (Tensor, Tensor)")
+    library.define("empty_backward(Tensor mu, Tensor logvar, Tensor seed, Tensor dz, Tensor dkl) -> (Tensor, Tensor)")
+
+    def forward(mu: Tensor, logvar: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+        return mu.new_empty(mu.shape), mu.new_empty(mu.shape[0])
+
+    def backward(mu: Tensor, logvar: Tensor, seed: Tensor, dz: Tensor, dkl: Tensor) -> tuple[Tensor, Tensor]:
+        return mu.new_empty(mu.shape), logvar.new_empty(logvar.shape)
+
+    def gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *torch.ops.reparam_kernels_bench.empty_backward(*ctx.saved_tensors, *grads), None
+
+    for name, run in (("empty", forward), ("empty_backward", backward)):
+        library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"reparam_kernels_bench::{name}", run, lib=library)
+    torch.library.register_autograd(
+        "reparam_kernels_bench::empty",
+        gradient,
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+        lib=library,
+    )
+    return library  # what is registered lives as long as this
+
+
+def compiled_calls(shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
+    """Return forward and backward of reparameterize_kl in and outside torch.compile, beside an op that does nothing."""
+    mu, logvar = (torch.randn(shape, requires_grad=True) for _ in range(2))
+    grads = torch.randn(shape), torch.randn(shape[0])
+    arguments = make_arguments("bench", mu.detach(), logvar.detach(), z=True, kl=True)
+
+    def empty(mu: Tensor, logvar: Tensor) -> Any:
+        return torch.ops.reparam_kernels_bench.empty(mu, logvar, rk.draw_seed(mu.device))
+
+    def plain(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+        std = torch.exp(0.5 * logvar)
+        return mu + std * torch.randn_like(std), -0.5 * (1 + logvar - mu**2 - std**2).sum(1)
+
+    def step(f: Callable[[Tensor, Tensor], Any]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(f(mu, logvar), (mu, logvar), grads)
+
+    def run_kernels() -> None:
+        cpu.forward(arguments)
+        cpu.backward(arguments, (*grads, None), (True, True, False, False))
+
+    return {
+        "kernels and their outputs": run_kernels,
+        "whole call": step(rk.reparameterize_kl),
+        "whole call, compiled": step(compiled(rk.reparameterize_kl, True)),
+        "empty registered op, compiled": step(compiled(empty, True)),
+        "plain lines, compiled": step(compiled(plain, True)),
+    }
+
+
+def measure(repeats: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     x, y = torch.zeros(1024), torch.zeros(1024)
 
     def usual() -> None:
         three_arguments[(1,)](x, y, 1000, BLOCK=1024)
 
-    results: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__, "shapes": {}}
+    results: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__, "launch": {}, "compiled": {}}
     with stub_driver():
         for shape in SHAPES:
-            calls = {"three arguments": usual, **calls_of(shape)}
-            for call in calls.values():
-                call()
-            us = best(calls)
+            us = best({"three arguments": usual, **calls_of(shape)}, repeats)
             of_usual = {name: us[name] / us["three arguments"] for name in ("forward", "backward", "randn")}
             us["whole call on a GPU"] = us["whole call"] + OUTPUTS_AND_SEED
-            results["shapes"][str(list(shape))] = {"us": us, "of three arguments": of_usual}
+            results["launch"][str(list(shape))] = {"us": us, "of three arguments": of_usual}
+    library = define_empty_op()
+    for shape in COMPILED_SHAPES:
+        torch.compiler.reset()
+        results["compiled"][str(list(shape))] = {"us": best(compiled_calls(shape), repeats)}
+    del library
     return results
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.host", description="The host's time of a launch.")
+    parser = argparse.ArgumentParser(prog="python -m bench.host", description="What a call costs on the host.")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    as_json = parser.parse_args().json
-    results = measure()
-    if as_json:
+    parser.add_argument("--repeats", type=options.positive, default=REPEATS, metavar="N", help=f"of each ({REPEATS})")
+    args = parser.parse_args()
+    results = measure(args.repeats)
+    if args.json:
         print(json.dumps(results, indent=1))
         return
-    print(f"torch {results['torch']}, triton {results['triton']}; us, the least of {REPEATS} repeats")
-    for shape, figures in results["shapes"].items():
-        print(shape)
-        for name, us in figures["us"].items():
-            ratio = figures["of three arguments"].get(name)
-            print(f"  {name:<24} {us:7.2f}" + (f"  {ratio:5.2f} x three arguments" if ratio else ""))
+    print(f"torch {results['torch']}, triton {results['triton']}; us, the least of {args.repeats} repeats")
+    for part, shapes in (("launch on a GPU", results["launch"]), ("on a CPU, forward+backward", results["compiled"])):
+        for shape, figures in shapes.items():
+            print(f"{part}, {shape}")
+            for name, us in figures["us"].items():
+                ratio = figures.get("of three arguments", {}).get(name)
+                print(f"  {name:<30} {us:7.2f}" + (f"  {ratio:5.2f} x three arguments" if ratio else ""))
 
 
 if __name__ == "__main__":

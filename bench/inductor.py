@@ -7,7 +7,7 @@ fewest instructions is counted.
 
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,7 +97,7 @@ def described(target: str) -> list[Any]:
     ]
 
 
-def source(function: Callable[..., Any], inputs: list[tuple[tuple[int, ...], torch.dtype]]) -> str:
+def source(function: Callable[..., Any], inputs: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> str:
     """Generate Inductor's code for a function of fake CUDA tensors."""
     mode = FakeTensorMode()
     with mode:
@@ -115,7 +115,7 @@ def source(function: Callable[..., Any], inputs: list[tuple[tuple[int, ...], tor
 
 
 def kernels(
-    function: Callable[..., Any], inputs: list[tuple[tuple[int, ...], torch.dtype]], target: str
+    function: Callable[..., Any], inputs: Sequence[tuple[tuple[int, ...], torch.dtype]], target: str
 ) -> list[list[Launch]]:
     """Compile each generated kernel in each of its launch configurations."""
     driver.set_active(Stub(target))

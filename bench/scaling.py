@@ -28,10 +28,10 @@ def cases(rows: int, cols: int) -> dict[str, Callable[[], Any]]:
     x = torch.randn(rows, cols)
     call = make_arguments("bench", mu, x, z=True, kl=True, seed=7)
     plain = _C.Options(_C.Param.logvar, 0.0, False, 0.0, 0.0)
-    z, kl = cpu.forward(call)
+    z, kl, _ = cpu.forward(call)
 
     def kernel() -> None:
-        _C.latent_forward(plain, torch.get_num_threads(), mu, x, None, None, call.seed, None, z, kl)
+        _C.latent_forward(plain, torch.get_num_threads(), mu, x, None, None, call.seed, None, z, kl, None)
 
     return {"op": lambda: rk.reparameterize_kl(mu, x, seed=7), "kernel": kernel}
 

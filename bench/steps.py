@@ -213,7 +213,7 @@ STEPS = OTHERS | RECURRENT
 def call(name: str, provider: str, device: str) -> Callable[[], None]:
     """Return a whole step as a provider takes it. Of a compiled one, loss and backward are compiled."""
     step = STEPS[name]("ours" if provider.startswith("ours") else "eager", device)
-    loss = compiled(step.loss, True) if "compile" in provider else step.loss
+    loss: Callable[[], Any] = compiled(step.loss, True) if "compile" in provider else step.loss
 
     def run() -> None:
         loss().backward()

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -296,3 +297,23 @@ def test_each_part_of_the_results_is_a_command_that_exists():
 
 def test_the_pages_tables_are_the_committed_results():
     assert subprocess.run([sys.executable, "-m", "bench.pages", "--check"], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.slow
+def test_the_host_time_is_measured_at_a_stub_driver_and_inside_torch_compile():
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.host", "--repeats", "1", "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    for part in ("launch", "compiled"):
+        assert found[part]
+        for figures in found[part].values():
+            assert all(us > 0 for us in figures["us"].values())
+
+
+@pytest.mark.slow
+def test_the_scaling_is_measured(tmp_path):
+    command = [sys.executable, "-m", "bench.scaling", "--rounds", "1", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    with open(tmp_path / "scaling.csv", newline="") as file:
+        assert {row["kind"] for row in csv.DictReader(file)} >= {"size", "row length", "threads"}
