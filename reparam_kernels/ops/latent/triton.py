@@ -226,6 +226,9 @@ def launch_forward(arguments: Arguments, mu: Tensor, x: Tensor, z: Tensor | None
 
 def sum_parts(sums: tuple[Launch, ...], parts: Tensor, kl: Tensor) -> None:
     """Add up the parts of each KL."""
+    if len(sums) == 1:  # as a rule; each view would cost as much as a launch
+        sums[0](parts, kl)
+        return
     most, count = sums[0].grid[0], parts.numel() // kl.numel()
     some = torch.split(parts, most * count), torch.split(kl.view(-1), most)
     for add, some_parts, some_kl in zip(sums, *some, strict=True):
