@@ -163,7 +163,7 @@ def memory(rows: list[Row], path: Path) -> Path:
         )
         ax.bar_label(bars, fmt="%.1f", padding=2)
         ax.invert_yaxis()
-        ax.margins(x=0.12)
+        ax.margins(x=0.18)
         ax.set(xlabel="words an element", title=title)
     figure.suptitle(caption(rows[0]), fontsize=8)
     return save(figure, path)

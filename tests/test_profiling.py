@@ -144,6 +144,7 @@ def test_without_matplotlib_only_a_picture_is_refused(run, monkeypatch):
         (["--samples", "2", "--op", "kl_divergence"], "--samples needs an op that samples"),
         (["--device", "nonsense"], "--device: must be a device that torch can use here; got 'nonsense'"),
         (["--module", "m:f", "--shape", "3x4"], "--shape is for a shape; leave it out with --module"),
+        (["--before", "m:f"], "--before needs --module, the step to compare with"),
     ],
 )
 def test_wrong_options_are_refused_with_the_reason(run, options, error):
@@ -185,14 +186,36 @@ def test_a_module_is_profiled_and_a_wrong_one_is_refused(run, tmp_path, monkeypa
         assert error in run("--module", spec, code=1).err
 
 
+def test_a_step_is_measured_beside_the_one_before_a_change(run, tmp_path, monkeypatch):
+    (tmp_path / "changed.py").write_text(MODEL)
+    (tmp_path / "old.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    asked = ["--module", "changed:make", "--before", "old:make", "--rounds", "2"]
+    screen = run(*asked).out
+    assert [line for line in screen.splitlines() if len(line) > 80] == []
+    assert "before " in screen
+    assert "/ this step" in screen
+    found = json.loads(run(*asked, "--json").out)
+    assert found["before"]["bytes_kept"] == found["bytes_kept"] > 0
+    assert set(found["before"]["seconds"]) == set(found["seconds"]) == {"forward", "forward+backward"}
+    error = run("--module", "changed:make", "--before", "old:nothing", code=1).err
+    assert "profile --before: old:nothing must be importable" in error
+
+
 def test_bytes_kept_by_a_module_leave_out_its_parameters():
     weight, x = torch.rand(5, 4, requires_grad=True), torch.rand(3, 5)
 
     def loss():
         return torch.sin(x @ weight).sum()  # keeps x, weight and the product
 
+    def before():
+        return torch.sin(x @ weight).exp().sum()  # and the exponential
+
     assert {id(t) for t in module.parameters(loss())} == {id(weight)}
-    assert module.profile(loss, torch.device("cpu"), 2, None).saved == 4 * (3 * 5 + 3 * 4)
+    p = module.profile(loss, before, torch.device("cpu"), 2, None)
+    assert p.step.saved == 4 * (3 * 5 + 3 * 4)
+    assert p.others["before"].saved == 4 * (3 * 5 + 2 * 3 * 4)
 
 
 def test_what_a_sparse_tensor_keeps_is_counted():

@@ -21,6 +21,7 @@ training step of your own."""
 EXAMPLES = """examples:
   python -m reparam_kernels profile --shape 64x4x32x32 --packed --dtype bfloat16
   python -m reparam_kernels profile --module mypackage.model:make --trace step.json
+  python -m reparam_kernels profile --module new.model:make --before old.model:make
 where mypackage/model.py has
   def make():
       model, x = VAE(), torch.rand(64, 784)
@@ -54,6 +55,8 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile of ours and of plain torch")
     parser.add_argument("--module", metavar="M:F", help="profile a step of yours: F() in module M returns a function "
                         "that computes the loss; the options above do not apply")  # fmt: skip
+    parser.add_argument("--before", metavar="M:F", help="with --module: another step, such as yours before a change, "
+                        "which is measured in turns with it")  # fmt: skip
     options.add_device_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON in place of the tables")
     parser.add_argument("--picture", type=options.file(".png"), metavar="FILE.png", help="draw it; needs matplotlib")
@@ -87,13 +90,16 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         for name in (*(name for name in Case._fields if name != "device"), "compile", "picture"):
             if getattr(args, name) != parser.get_default(name):
                 parser.error(f"--{name.replace('_', '-')} is for a shape; leave it out with --module")
+    elif args.before is not None:
+        parser.error("--before needs --module, the step to compare with")
     device = options.device(args, parser)
     case = checked_case(args, device, parser)
     options.start(parser.prog, device, args.threads)
     known = options.conditions(device, args.threads)
     command = sys.argv[1:]  # for Nsight Compute to repeat
     if args.module is not None:
-        p = module.profile(module.load(args.module), device, args.rounds, args.trace)
+        before = None if args.before is None else module.load("--before", args.before)
+        p = module.profile(module.load("--module", args.module), before, device, args.rounds, args.trace)
         shown = json.dumps(module.as_dict(p, args.module, known), indent=2) if args.json else None
         print(shown or module.text(p, args.module, known, command))
     else:

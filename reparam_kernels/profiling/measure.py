@@ -8,10 +8,12 @@ training step would.
 import random
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Name = TypeVar("Name")  # of a provider
 
 
 class Quantiles(NamedTuple):
@@ -63,15 +65,15 @@ def once_cold(call: Callable[[], Any], other: Callable[[], Any], repeats: int) -
 
 
 def interleave(
-    calls: dict[str, Callable[[], Any]], rounds: int, device: str, cold: bool = False
-) -> Iterator[dict[str, Timing]]:
+    calls: dict[Name, Callable[[], Any]], rounds: int, device: str, cold: bool = False
+) -> Iterator[dict[Name, Timing]]:
     """Yield nothing after each round, for a display of progress, and the results after the last."""
     repeats = {}
     for name, call in calls.items():  # warm-up, outside of the measurement
         for _ in range(3):
             call()
         repeats[name] = max(1, int(2e-3 / max(once(call, 1, device)[1], 1e-9)))
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    samples: dict[Name, list[tuple[float, float]]] = {name: [] for name in calls}
     shuffle = random.Random(0)
     for i in range(rounds):
         for name in shuffle.sample(list(calls), len(calls)):  # so that nobody always follows the same provider
