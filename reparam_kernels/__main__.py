@@ -4,6 +4,7 @@ import argparse
 import os
 import platform
 import sys
+import textwrap
 from importlib import metadata
 
 import torch
@@ -56,7 +57,7 @@ def report() -> None:
         "REPARAM_BACKEND": backends.FORCED or "not set",
     }
     for name, value in rows.items():
-        print(f"{name:16} {value}")
+        print(textwrap.fill(f"{name:16} {value}", 80, subsequent_indent=" " * 17, break_on_hyphens=False))
 
 
 def main() -> int:
