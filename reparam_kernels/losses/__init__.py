@@ -5,6 +5,7 @@ sample, summed over all dims but the first; with event_ndim=0 it is elementwise.
 """
 
 from .aggregate_posterior import minibatch_log_weights, stratified_log_weights, total_correlation
+from .balancing import BalancedKL as BalancedKL
 from .balancing import balanced_kl
 from .bounds import dreg, iwae, vimco
 from .kl_terms import (
