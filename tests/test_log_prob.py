@@ -10,9 +10,8 @@ from torch.distributions import Normal, TanhTransform, TransformedDistribution
 import reparam_kernels as rk
 from reparam_kernels.ops.latent.arguments import Density, make_arguments
 from reparam_kernels.ops.latent.op import LATENT
-from tests.cases import DTYPES, UNIT
+from tests.cases import DTYPES, PARAMS, UNIT, sigma_of
 
-PARAMS = ("logvar", "logstd", "std", "softplus")
 PATHS = (False, True)
 
 
@@ -20,10 +19,6 @@ def inputs(param, shape=(6, 5), dtype=torch.float32, seed=0, scale=1.0):
     g = torch.Generator().manual_seed(seed)
     mu, x = (scale * torch.randn(shape, generator=g) for _ in range(2))
     return mu.to(dtype), (x.abs() + 0.1 if param == "std" else x).to(dtype)
-
-
-def sigma_of(x, param, min_std=0.0):
-    return {"logvar": (x / 2).exp(), "logstd": x.exp(), "std": x, "softplus": F.softplus(x) + min_std}[param]
 
 
 def wide(*tensors):
