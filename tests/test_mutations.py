@@ -39,7 +39,7 @@ def kl_and_nll():
 
 
 def oobleck():
-    test_integrations.test_oobleck_kl_with_and_without_its_quirks(torch.float32)
+    test_integrations.test_oobleck_kl_with_and_without_its_bugs(torch.float32)
 
 
 def both_ways():

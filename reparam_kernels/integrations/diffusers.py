@@ -341,7 +341,7 @@ def with_options(ours: type[Posterior], noise: str, fix_upstream_bugs: bool) -> 
 
 
 def behaviours(ours: type[Posterior], noise: str, fix_upstream_bugs: bool) -> list[Behaviour]:
-    """Return what a posterior of diffusers is compared in, first one that samples, then a deterministic one."""
+    """Return what is compared of a posterior of diffusers: first one that samples, then a deterministic one."""
     g = torch.Generator().manual_seed(0)
     parameters, value, other = (torch.randn(3, n, 12, 12, generator=g, device="cpu") for n in (8, 4, 8))
     parameters[2, 4:, 0, :2] = torch.tensor([25.0, -35.0], device="cpu")  # beyond the clamp
