@@ -91,7 +91,7 @@ def window_of_part(
 
 
 def from_part(part: Tensor, mesh: Any, placements: Sequence[Any], shape: Sequence[int]) -> Tensor:
-    """Return the DTensor of a shape of which this process has a contiguous part."""
+    """Return the DTensor of this shape, given the contiguous part that this process holds."""
     from torch.distributed.tensor import DTensor
 
     strides = torch.empty(shape, device="meta").stride()
