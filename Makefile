@@ -9,7 +9,7 @@ BENCH_ARGS ?=
 TEST_ARGS ?= -n auto --dist worksteal
 
 .PHONY: demo parity why test test-slow test-arm test-gpu-code test-distributed test-integrations test-torch \
-	quality sanitize fuzz extremes determinism faults scale supply bench results lint pins clean
+	quality sanitize fuzz extremes determinism faults scale supply bench results lint sizes pins clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m examples.vae $(DEMO_ARGS) --out out/vae
@@ -91,6 +91,16 @@ lint: $(VENV)/.ready
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*/*
+
+# The lines that each file has gained since a commit, and those of product, tests, docs and the rest together:
+# make sizes BASE=main. Against the empty tree, these are the sizes: make sizes BASE=$$(git hash-object -t tree /dev/null)
+BASE ?= HEAD
+sizes:
+	@git diff --numstat --no-renames $(BASE) -- | awk '{ \
+		part = $$3 ~ /^(reparam_kernels|csrc)/ ? "product" : $$3 ~ /^tests/ ? "tests" : $$3 ~ /\.md$$/ ? "docs" : "other"; \
+		sum[part] += $$1 - $$2; \
+		printf "%-8s %+7d  %s\n", part, $$1 - $$2, $$3 } \
+		END { for (part in sum) printf "%-8s %+7d  ~ together\n", part, sum[part] }' | LC_ALL=C sort -k 1,1 -k 3
 
 bench: $(VENV)/.ready
 	$(RUN) -m reparam_kernels bench $(BENCH_ARGS)

@@ -62,7 +62,8 @@ def draw(rows: list[Row], out: Path) -> list[Path]:
     return [*paths, memory(backward, out / "memory.png")] if backward else paths
 
 
-def save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, rows: list[Row], path: Path) -> Path:
+    figure.suptitle(caption(rows[0]), fontsize=8)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
     return path
@@ -104,8 +105,7 @@ def throughput(rows: list[Row], path: Path) -> Path:
         ax.set(xscale="log", yscale="log", xlabel="elements", ylabel="G elements / s", title=f"{own[0]['op']}, {name}")
         ax.xaxis.set_minor_formatter("")
     legend(figure)
-    figure.suptitle(caption(rows[0]), fontsize=8)
-    return save(figure, path)
+    return save(figure, rows, path)
 
 
 def ratios(rows: list[Row], path: Path) -> Path:
@@ -142,8 +142,7 @@ def ratios(rows: list[Row], path: Path) -> Path:
         ax.set(ylabel="time of a call, over ours", title=f"{CALLS.get(rows[0]['op'], rows[0]['op'])}\n{name}")
         ax.title.set_fontsize(10)
     legend(figure)
-    figure.suptitle(caption(rows[0]), fontsize=8)
-    return save(figure, path)
+    return save(figure, rows, path)
 
 
 def memory(rows: list[Row], path: Path) -> Path:
@@ -165,8 +164,7 @@ def memory(rows: list[Row], path: Path) -> Path:
         ax.invert_yaxis()
         ax.margins(x=0.18)
         ax.set(xlabel="words an element", title=title)
-    figure.suptitle(caption(rows[0]), fontsize=8)
-    return save(figure, path)
+    return save(figure, rows, path)
 
 
 def main() -> None:

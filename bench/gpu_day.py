@@ -1,8 +1,9 @@
 """`python -m bench.gpu_day` checks and measures everything that needs a GPU, in parts, and writes one folder.
 
-Each part is a command of its own with a time limit. A part that hangs, fails or is cut loses nothing of the others, and
-a part that has finished is not run again, so a second run goes on where the first was cut. No network is used. The
-folder gets a log of each part, its CSV files, and page.md, which sets what was measured beside what was predicted.
+Each part is a command of its own with a time limit. A part that hangs, fails or is interrupted leaves the others alone,
+and a part that has finished is not run again, so a second run goes on where the first was interrupted. No network is
+used. The folder gets a log of each part, its CSV files, and page.md, which sets what was measured beside what was
+predicted.
 """
 
 import argparse

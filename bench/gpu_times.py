@@ -102,7 +102,7 @@ def host(device: str, batches: range) -> Iterator[dict[str, Any]]:
 
 
 def write(path: Path, rows: Iterator[dict[str, Any]]) -> None:
-    """Write and print each row as it comes, so that a run that is cut leaves what it has."""
+    """Write and print each row as it comes, so that an interrupted run keeps what it has measured."""
     with path.open("w", newline="") as file:
         writer = None
         for row in rows:

@@ -50,25 +50,25 @@ void set_seed(EpsSource& eps, const BorrowedTensor& seed, const BorrowedTensor& 
   eps.group = count > 1 ? eps.n / count : eps.n;
 }
 
-// The place of a call's tensor in a larger one; both empty without a window.
+// The place of a call's tensor in a larger one, whose noise it takes there. Both are empty without a window.
 struct Window {
   std::vector<int64_t> whole, start;
 };
 
-// `shape` holds the elements of `eps`, in which each seed has its own; set_seed comes first.
+// Sets where the elements of `eps`, of the shape of `shape`, lie in a larger whole. Call set_seed before.
 void set_window(EpsSource& eps, const Window& window, const BorrowedTensor& shape) {
   const auto& [whole, start] = window;
   if (whole.empty() && start.empty()) return;
   const int ndim = shape.t.ndim;
   if ((int)whole.size() != ndim || (int)start.size() != ndim) throw_invalid("window");
-  const bool each = eps.group != eps.n;  // has a seed
+  const bool seed_for_each = eps.group != eps.n;  // item of the leading dim
   int64_t n = 1, origin = 0;
   std::vector<int64_t> strides(ndim);
   for (int i = ndim - 1; i >= 0; --i) {
     int64_t end;
     if (start[i] < 0 || __builtin_add_overflow(start[i], shape.t.shape[i], &end) || end > whole[i])
       throw_invalid("window");
-    if (each && i == 0) break;  // the index restarts in each item
+    if (seed_for_each && i == 0) break;  // the index restarts in each item
     strides[i] = n;
     if (__builtin_mul_overflow(n, whole[i] > 1 ? whole[i] : 1, &n) || n > kMaxSpan) throw_invalid("window");
     origin += start[i] * strides[i];

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import reparam_kernels as rk
 from reparam_kernels import reference
@@ -31,6 +32,10 @@ def inputs(shape, dtype=torch.float32, param="logvar", scale=1.0, seed=0, requir
     if param == "std":
         x = x.exp() if scale >= 1 else 1 + x
     return Inputs(*(t.to(dtype).requires_grad_(requires_grad) for t in (mu, x)))
+
+
+def sigma_of(x, param, min_std=0.0):
+    return {"logvar": (x / 2).exp(), "logstd": x.exp(), "std": x, "softplus": F.softplus(x) + min_std}[param]
 
 
 def double(value):

@@ -80,6 +80,14 @@ def backend(request, monkeypatch):
     forget()
 
 
+@pytest.fixture(params=["cpu", "triton", "reference"])
+def backend_or_reference(request, monkeypatch):
+    """Run the test on the kernels, as `backend` does, then on the formula in plain torch."""
+    use_backend(monkeypatch, request.param)
+    yield request.param
+    forget()
+
+
 def pytest_collection_modifyitems(config, items):
     if DEVICE is None:
         return
@@ -141,6 +149,15 @@ class RequiresDevice(TorchFunctionMode):
             if module.partition(".")[0] == "reparam_kernels":
                 raise AssertionError(f"{module}:{frame.f_lineno}: {func.__name__} must say on which device")
         return func(*args, **kwargs)
+
+
+@pytest.fixture
+def validating():
+    """torch.compile turns torch's validation off for the whole process, in whichever test it runs first."""
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(True)
+    yield
+    torch.distributions.Distribution.set_default_validate_args(before)
 
 
 @pytest.fixture

@@ -35,13 +35,8 @@ PAIRS = [
 
 
 @pytest.fixture(autouse=True)
-def seeded_and_validating():
-    """torch.compile turns torch's validation off for the whole process, in whichever test it runs first."""
+def seeded(validating):
     torch.manual_seed(0)
-    before = td.Distribution._validate_args
-    td.Distribution.set_default_validate_args(True)
-    yield
-    td.Distribution.set_default_validate_args(before)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda p: f"{getattr(p[0], 'shape', p[0])}-{getattr(p[1], 'shape', p[1])}")

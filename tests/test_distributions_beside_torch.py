@@ -14,18 +14,9 @@ from torch.func import grad, jacrev, vmap
 
 from reparam_kernels.distributions import Normal
 
-pytestmark = pytest.mark.usefixtures("says_where")
+pytestmark = pytest.mark.usefixtures("says_where", "validating")
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def validating():
-    """torch.compile turns torch's validation off for the whole process, in whichever test it runs first."""
-    before = td.Distribution._validate_args
-    td.Distribution.set_default_validate_args(True)
-    yield
-    td.Distribution.set_default_validate_args(before)
 
 
 def tensor(shape, dtype, value=1.0, device="cpu"):

@@ -24,13 +24,6 @@ EPS = -0.5
 NAMES = ("z", "kl", "dz/dmu", "dz/dx", "dkl/dmu", "dkl/dx", "dkl/dmu_p", "dkl/dx_p")
 
 
-@pytest.fixture(params=["cpu", "triton", "reference"])
-def each(request, monkeypatch):
-    use_backend(monkeypatch, request.param)
-    yield request.param
-    forget()
-
-
 def results(mu, x, prior=None, **options):
     """Return NAMES for lists of numbers, each as a list; eps is -1/2."""
     dtype = options.pop("dtype", torch.float32)
@@ -95,7 +88,7 @@ def near(limits):
 
 
 @pytest.mark.parametrize(("param", "point", "limits", "because"), TABLE)
-def test_each_value_is_the_limit_of_its_formula(each, param, point, limits, because):
+def test_each_value_is_the_limit_of_its_formula(backend_or_reference, param, point, limits, because):
     assert values(*point[:2], point[2:], param) == near(limits)
 
 
@@ -183,7 +176,7 @@ def wrong(got, value, size, stays, overflowed, rounding, out, wide):
 @pytest.mark.parametrize("prior", [False, True], ids=["unit", "prior"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("param", "min_std"), [*((p, 0.0) for p in PARAMS), ("softplus", 1e-4)])
-def test_finite_inputs_give_the_value_of_the_formula(each, param, min_std, dtype, prior):
+def test_finite_inputs_give_the_value_of_the_formula(backend_or_reference, param, min_std, dtype, prior):
     points, truths = grid(param, min_std, dtype, prior)
     mu, x, *both = map(list, zip(*points, strict=True))
     got = results(mu, x, both or None, param=param, min_std=min_std, dtype=dtype)
@@ -220,7 +213,7 @@ def test_infinite_inputs_give_the_same_in_every_backend(monkeypatch, param, dtyp
 
 
 @pytest.mark.parametrize("logvar", [12.0, 22.0, -24.0, 6e-8, 65504.0, -65504.0])
-def test_float16_at_its_edges(each, logvar):
+def test_float16_at_its_edges(backend_or_reference, logvar):
     """In z, sigma beyond 65504 is inf and sigma below 6e-8 is 0; kl is float32 and stays finite."""
     mu, x = torch.tensor([0.0]).half(), torch.tensor([logvar]).half()
     z, kl = rk.reparameterize_kl(mu, x, eps=torch.tensor([-1.0]).half(), event_ndim=0)

@@ -221,7 +221,7 @@ def test_any_chunk_dim(dim):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_oobleck_kl_with_and_without_its_quirks(dtype):
+def test_oobleck_kl_with_and_without_its_bugs(dtype):
     a, b = moments((2, 6, 5), dtype), moments((2, 6, 5), dtype, seed=1)
     (mean, std), (mean_p, std_p) = truth(a, True), truth(b, True)
     own, other = divergence(mean, std), divergence(mean, std, mean_p, std_p)

@@ -10,9 +10,8 @@ from torch.distributions import Normal, TanhTransform, TransformedDistribution
 import reparam_kernels as rk
 from reparam_kernels.ops.latent.arguments import Density, make_arguments
 from reparam_kernels.ops.latent.op import LATENT
-from tests.cases import DTYPES, UNIT
+from tests.cases import DTYPES, PARAMS, UNIT, sigma_of
 
-PARAMS = ("logvar", "logstd", "std", "softplus")
 PATHS = (False, True)
 
 
@@ -20,10 +19,6 @@ def inputs(param, shape=(6, 5), dtype=torch.float32, seed=0, scale=1.0):
     g = torch.Generator().manual_seed(seed)
     mu, x = (scale * torch.randn(shape, generator=g) for _ in range(2))
     return mu.to(dtype), (x.abs() + 0.1 if param == "std" else x).to(dtype)
-
-
-def sigma_of(x, param, min_std=0.0):
-    return {"logvar": (x / 2).exp(), "logstd": x.exp(), "std": x, "softplus": F.softplus(x) + min_std}[param]
 
 
 def wide(*tensors):
@@ -291,57 +286,7 @@ def test_normal_and_tanh_normal_return_the_log_prob_of_torch(shapes):
     assert torch.equal(squashed.mode, torch.tanh(normal.loc))
 
 
-class Decoder(torch.nn.Linear):
-    """log p(x, z) of a Gaussian with unit variance, and N(0, I) as the prior; the encoder is a row for each x."""
-
-    def log_joint(self, x, z):
-        return -((x - self(z)) ** 2).sum(-1) / 2 - (z**2).sum(-1) / 2
-
-
-def test_the_bound_tightens_with_the_samples_and_is_that_of_plain_torch():
-    torch.manual_seed(0)
-    decoder, x = Decoder(2, 3).double(), torch.randn(50, 3, dtype=torch.float64)
-    mu, logvar = torch.zeros(50, 2, dtype=torch.float64), torch.ones(50, 2, dtype=torch.float64)
-    losses = []
-    for k in (1, 8, 64):
-        z, log_q = rk.reparameterize_log_prob(mu, logvar, sample_shape=(k,), seed=1)
-        log_w = decoder.log_joint(x, z) - log_q
-        plain = Normal(mu, (logvar / 2).exp()).log_prob(z).sum(-1)
-        want = -torch.log(torch.exp(decoder.log_joint(x, z) - plain).mean(0)).mean()
-        torch.testing.assert_close(rk.losses.iwae(log_w), want)
-        losses.append(rk.losses.iwae(log_w).item())
-    assert losses[0] > losses[1] > losses[2]
-
-
-def test_dreg_has_the_squared_weights_for_the_encoder_and_those_of_iwae_for_the_decoder():
-    torch.manual_seed(0)
-    decoder, x = Decoder(2, 3).double(), torch.randn(5, 3, dtype=torch.float64)
-    mu, logvar = (torch.randn(5, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    z, log_q = rk.reparameterize_log_prob(mu, logvar, sample_shape=(4,), seed=1, path_derivative=True)
-    log_w = decoder.log_joint(x, z) - log_q
-    rk.losses.dreg(log_w, z, log_q).backward()
-    got = mu.grad, logvar.grad, decoder.weight.grad
-
-    eps = rk.randn(4, 5, 2, seed=1).double()
-    m, v = (t.detach().clone().requires_grad_() for t in (mu, logvar))
-    u = m + (v / 2).exp() * eps
-    density = Normal(m.detach(), (v.detach() / 2).exp()).log_prob(u).sum(-1)
-    log_weights = decoder.log_joint(x, u) - density
-    w = log_weights.detach().softmax(0)
-    encoder = torch.autograd.grad(-(w**2 * log_weights).sum(0).mean(), (m, v), retain_graph=True)
-    (of_decoder,) = torch.autograd.grad(-(w * log_weights).sum(0).mean(), (decoder.weight,))
-    for a, b in zip(got, (*encoder, of_decoder), strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_the_registered_op_refuses_to_compute_kl_and_log_q_at_once(backend):
     arguments = make_arguments("test", torch.zeros(2, 3), torch.zeros(2, 3), True, True, density=Density())
     with pytest.raises(ValueError, match="latent: at most one of kl and log_q must be asked for; got both"):
         LATENT.registered(arguments)
-
-
-def test_errors_of_the_losses():
-    with pytest.raises(ValueError, match=r"^iwae: log_w must have the samples in its first dim"):
-        rk.losses.iwae(torch.tensor(1.0))
-    with pytest.raises(ValueError, match=r"^dreg: log_q must have the shape of log_w"):
-        rk.losses.dreg(torch.ones(3, 4), torch.ones(3, 4, 2), torch.ones(4))

@@ -14,6 +14,7 @@ from reparam_kernels import _C
 from reparam_kernels.core import backends
 from reparam_kernels.ops.mixture.arguments import make_arguments
 from reparam_kernels.ops.mixture.op import MIXTURE
+from tests.cases import sigma_of
 
 pytestmark = pytest.mark.usefixtures("says_where")
 
@@ -89,8 +90,7 @@ def test_every_param_and_clamp(backend, param):
 
     def expected(leaves):
         y = leaves[2].clamp(*bounds)
-        sigma = {"logstd": y.exp(), "std": y, "softplus": torch.nn.functional.softplus(y) + min_std}[param]
-        return dense([*leaves[:2], 2 * sigma.log()])
+        return dense([*leaves[:2], 2 * sigma_of(y, param, min_std).log()])
 
     def actual(leaves):
         return call(leaves, of="both", param=param, min_std=min_std, clamp=bounds)

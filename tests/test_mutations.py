@@ -9,7 +9,7 @@ from reparam_kernels.integrations import diffusers
 from reparam_kernels.integrations.diffusers import DiagonalGaussianDistribution, OobleckDiagonalGaussianDistribution
 from reparam_kernels.ops import latent
 from reparam_kernels.ops.latent.arguments import unpacked
-from tests import test_distributions, test_drop_in, test_integrations, test_losses
+from tests import test_distributions, test_drop_in, test_integrations, test_losses_balancing
 
 
 def scaled_noise(op, arguments):
@@ -39,7 +39,7 @@ def kl_and_nll():
 
 
 def oobleck():
-    test_integrations.test_oobleck_kl_with_and_without_its_quirks(torch.float32)
+    test_integrations.test_oobleck_kl_with_and_without_its_bugs(torch.float32)
 
 
 def both_ways():
@@ -57,7 +57,7 @@ def draw_gradients():
 
 
 def balancing():
-    test_losses.test_balancing_splits_the_gradient({})
+    test_losses_balancing.test_balancing_splits_the_gradient({})
 
 
 @pytest.mark.parametrize(

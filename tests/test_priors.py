@@ -8,6 +8,7 @@ from torch import distributions as td
 
 import reparam_kernels as rk
 from reparam_kernels.distributions import Normal
+from tests.cases import PARAMS, sigma_of
 
 pytestmark = pytest.mark.usefixtures("says_where")
 
@@ -15,14 +16,10 @@ G = torch.Generator().manual_seed(0)
 MU, X, MU_P, X_P = torch.randn(4, 3, 5, generator=G) * 0.5
 
 
-def sigma(x, param):
-    return {"logvar": (x / 2).exp(), "logstd": x.exp(), "std": x, "softplus": torch.nn.functional.softplus(x)}[param]
-
-
 def truth(param, param_p):
     """Compute the KL by torch in float64."""
-    posterior = td.Normal(MU.double(), sigma(valid(X, param).double(), param))
-    return td.kl_divergence(posterior, td.Normal(MU_P.double(), sigma(valid(X_P, param_p).double(), param_p)))
+    posterior = td.Normal(MU.double(), sigma_of(valid(X, param).double(), param))
+    return td.kl_divergence(posterior, td.Normal(MU_P.double(), sigma_of(valid(X_P, param_p).double(), param_p)))
 
 
 def valid(x, param):
@@ -30,7 +27,7 @@ def valid(x, param):
 
 
 @pytest.mark.parametrize("param", ["logvar", "logstd", "std"])
-@pytest.mark.parametrize("param_p", ["logvar", "logstd", "std", "softplus", "Normal", "torch's Normal"])
+@pytest.mark.parametrize("param_p", [*PARAMS, "Normal", "torch's Normal"])
 def test_a_distribution_as_a_prior(param, param_p):
     given = {"Normal": Normal, "torch's Normal": td.Normal}
     if param_p in given:
@@ -68,12 +65,12 @@ def test_numbers_and_the_clamp_of_the_prior():
     assert torch.equal(q.kl(clamped), rk.kl_divergence(MU, X, prior=(MU_P, X_P.clamp(-0.1, 0.1))))
 
 
-@pytest.mark.parametrize("param", ["logvar", "logstd", "std", "softplus"])
+@pytest.mark.parametrize("param", PARAMS)
 @pytest.mark.parametrize("event_ndim", [0, 1, 2])
 def test_entropy_and_shapes_are_those_of_torch(param, event_ndim):
     x = valid(X, param)
     q = rk.DiagonalGaussian(MU, x, param=param, event_ndim=event_ndim)
-    like = td.Independent(td.Normal(MU.double(), sigma(x.double(), param)), event_ndim)
+    like = td.Independent(td.Normal(MU.double(), sigma_of(x.double(), param)), event_ndim)
     torch.testing.assert_close(q.entropy().double(), like.entropy(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(q.log_prob(MU + 1).double(), like.log_prob(MU.double() + 1), rtol=1e-5, atol=1e-5)
     assert (q.batch_shape, q.event_shape) == (like.batch_shape, like.event_shape)

@@ -14,8 +14,9 @@ import reparam_kernels as rk
 from reparam_kernels.__main__ import main
 from reparam_kernels.profiling import breakdown, launches, measure, module
 from reparam_kernels.profiling.breakdown import PASSES
-from reparam_kernels.profiling.case import PARAMS, Case
+from reparam_kernels.profiling.case import Case
 from reparam_kernels.profiling.providers import distributions, eager, ours
+from tests.cases import PARAMS
 
 QUICK = ("--shape", "6x4", "--rounds", "2")
 

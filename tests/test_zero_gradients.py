@@ -9,18 +9,10 @@ from torch import distributions
 
 import reparam_kernels as rk
 from tests.cases import PARAMS
-from tests.conftest import forget, use_backend
 
 pytestmark = pytest.mark.usefixtures("says_where")
 
 INF, NAN = math.inf, math.nan
-
-
-@pytest.fixture(params=["cpu", "triton", "reference"])
-def each(request, monkeypatch):
-    use_backend(monkeypatch, request.param)
-    yield request.param
-    forget()
 
 
 def wild(dtype, prior):
@@ -33,7 +25,7 @@ def wild(dtype, prior):
 @pytest.mark.parametrize("prior", [False, True], ids=["unit", "prior"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("param", PARAMS)
-def test_zero_times_any_slope_is_zero(each, param, dtype, prior):
+def test_zero_times_any_slope_is_zero(backend_or_reference, param, dtype, prior):
     leaves = wild(dtype, prior)
     pair = {"prior": tuple(leaves[2:])} if prior else {}
     eps = torch.tensor([INF, 0.5, NAN]).to(dtype).repeat(len(leaves[0]) // 3)
@@ -51,7 +43,7 @@ def test_rk_reference_has_the_rule_too():
 
 
 @pytest.mark.parametrize(("param", "bad"), [("logvar", 90.0), ("logvar", 200.0), ("logvar", NAN), ("std", 0.0)])
-def test_a_padded_position_leaves_the_weights_behind_it_alone(each, param, bad):
+def test_a_padded_position_leaves_the_weights_behind_it_alone(backend_or_reference, param, bad):
     shift = torch.tensor(0.0, requires_grad=True)
     x = torch.tensor([0.5, 2.0, bad]) + shift
     z, kl = rk.reparameterize_kl(torch.zeros(3), x, param=param, event_ndim=0, eps=torch.ones(3))
@@ -61,7 +53,7 @@ def test_a_padded_position_leaves_the_weights_behind_it_alone(each, param, bad):
     torch.testing.assert_close(shift.grad, slopes.sum().float())
 
 
-def test_a_gradient_that_is_not_zero_still_meets_the_slope(each):
+def test_a_gradient_that_is_not_zero_still_meets_the_slope(backend_or_reference):
     x = torch.tensor([NAN, 90.0, 200.0], requires_grad=True)
     z, kl = rk.reparameterize_kl(torch.zeros(3), x, event_ndim=0, eps=torch.ones(3))
     (from_kl,) = torch.autograd.grad(kl, x, torch.full((3,), 1e-30), retain_graph=True)
@@ -81,7 +73,7 @@ def test_a_finite_product_keeps_its_bits(backend):
 
 
 @pytest.mark.parametrize("graph_of", ["kl", "z"])
-def test_a_hessian_vector_product_at_a_stationary_point(each, graph_of):
+def test_a_hessian_vector_product_at_a_stationary_point(backend_or_reference, graph_of):
     """For (f - c)^2 / 2 at f = c the gradient is 0, and the Hessian is the square of the slope."""
     x = torch.tensor([0.5, -1.0, 0.25], dtype=torch.float64, requires_grad=True)
     eps = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
@@ -94,7 +86,7 @@ def test_a_hessian_vector_product_at_a_stationary_point(each, graph_of):
     torch.testing.assert_close(product, slope**2 * vector)
 
 
-def test_second_derivatives_are_not_poisoned_either(each):
+def test_second_derivatives_are_not_poisoned_either(backend_or_reference):
     x = torch.tensor([0.5, INF, NAN], requires_grad=True)
     kl = rk.kl_divergence(torch.zeros(3), x, event_ndim=0)
     (grad,) = torch.autograd.grad(kl, x, torch.tensor([1.0, 0.0, 0.0]), create_graph=True)
@@ -103,7 +95,7 @@ def test_second_derivatives_are_not_poisoned_either(each):
 
 
 @pytest.mark.parametrize("loc", [0.0, 3.0])
-def test_a_prior_of_infinite_scale_gives_the_limit(each, loc):
+def test_a_prior_of_infinite_scale_gives_the_limit(backend_or_reference, loc):
     scale = torch.tensor([0.5, 1.0, 4.0], requires_grad=True)
     wide = distributions.Normal(torch.full((3,), loc), torch.full((3,), INF))
     want = distributions.kl_divergence(distributions.Normal(torch.ones(3), scale), wide)

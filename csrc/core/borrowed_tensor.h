@@ -40,16 +40,16 @@ struct BorrowedTensor {
   Dtype dtype() const;
   bool is_int64() const { return t.code == dlpack::kInt && t.bits == 64 && t.lanes == 1; }
   int64_t numel() const { return product(0, t.ndim); }
-  int64_t product(int from, int to) const;  // of the sizes of these dims
+  int64_t product(int from, int to) const;  // of the sizes of dims [from, to)
   bool same_sizes(int from, const BorrowedTensor& other, int other_from, int count) const;
   Operand operand() const;       // absent for None
-  void will_be_written() const;  // for the first time, as a rule; prepares the memory
+  void will_be_written() const;  // asks for huge pages, which helps if the memory is new
 
-  // Each of these holds for None.
+  // None passes each of these checks.
   void check_dtype(Dtype) const;
   void check_shape(const BorrowedTensor& other) const;
   void check_contiguous() const;
-  void check_no_overlap() const;  // between elements; gradients may be views, as the halves of a packed tensor are
+  void check_no_overlap() const;  // of its elements; a gradient may be a view, as half of a packed tensor is
 };
 
 }  // namespace reparam

@@ -75,10 +75,10 @@ REPARAM_INLINE Element<float> from_log(float scale, float mu, float lv, float mu
   return out;
 }
 
-// f = sigma / sigma_p - 1, q = f + 1 and log q, each to full relative accuracy.
+// sigma / sigma_p, that less 1 (f), and its logarithm, each to full relative accuracy.
 template <class C>
 struct Ratio {
-  C f, q, log_q;
+  C f, quotient, log_quotient;
 };
 
 // From the standard deviations, s and p, and their ratio. A slope is divided by its sigma last, since both may be tiny.
@@ -87,7 +87,7 @@ REPARAM_INLINE Element<C> from_std(C mu, Softplus<C> s, C mu_p, Softplus<C> p, R
   constexpr C kHuge = sizeof(C) == 4 ? C(0x1p62) : C(0x1p500);
   const C g = minus_log1p(r.f);
   const C above = fma(r.f, r.f, g + g);
-  const C below = fma(C(-2), r.log_q, fma(r.q, r.q, C(-1)));
+  const C below = fma(C(-2), r.log_quotient, fma(r.quotient, r.quotient, C(-1)));
   // Below -.6, and if sigma_p is infinite and f therefore NaN, the terms do not cancel. Every branch keeps NaN.
   const C k = r.f >= C(-.6) ? (r.f < kHuge ? above : r.f * r.f) : below;
   const C delta = kPrior ? (mu - mu_p) / p.value : mu;
@@ -108,15 +108,15 @@ REPARAM_INLINE Element<C> from_softplus(const Constants<C>& c, C mu, C x, C mu_p
   const Softplus<C> s = softplus(x), p = kPrior ? softplus(x_p) : Softplus<C>{1 - c.min_std, c.unit_slope};
   const C sigma = s.value + c.min_std, sigma_p = p.value + c.min_std;
   const C difference = softplus_difference(x, s, kPrior ? x_p : c.unit_hi, kPrior ? C(0) : c.unit_lo, p);
-  const C beyond =
-      bare & (x < -kExpUnderflow<C>) ? x + kExpUnderflow<C> : C(0);  // log sigma falls further although sigma stays
+  // below -kExpUnderflow sigma stays the same, but its logarithm is still x
+  const C beyond = bare & (x < -kExpUnderflow<C>) ? x + kExpUnderflow<C> : C(0);
   Ratio<C> r{difference, sigma, log(sigma) + beyond};
   if constexpr (kPrior) {
     const C v = x - x_p;
     const bool exps = bare & (x < kExp) & (x_p < kExp);
     r.f = exps ? expm1(v) : difference / sigma_p;
-    r.q = exps ? r.f + 1 : sigma / sigma_p;
-    r.log_q = exps ? v : log_ratio(sigma, sigma_p, r.q) + beyond;
+    r.quotient = exps ? r.f + 1 : sigma / sigma_p;
+    r.log_quotient = exps ? v : log_ratio(sigma, sigma_p, r.quotient) + beyond;
   }
   return from_std<kPrior>(mu, {sigma, s.slope}, mu_p, {sigma_p, p.slope}, r);
 }
@@ -125,8 +125,8 @@ template <bool kPrior, class C>
 REPARAM_INLINE Element<C> from_plain_std(C mu, C x, C mu_p, C x_p) {
   if constexpr (kPrior) {
     constexpr C kLargest = sizeof(C) == 4 ? C(__FLT_MAX__) : C(__DBL_MAX__);
-    const C q = x / x_p, p = x_p > kLargest ? kLargest : x_p;  // so that f is -1 for an infinite sigma_p
-    return from_std<true>(mu, {x, 1}, mu_p, {x_p, 1}, Ratio<C>{(x - p) / p, q, log_ratio(x, x_p, q)});
+    const C quotient = x / x_p, p = x_p > kLargest ? kLargest : x_p;  // so that f is -1 for an infinite sigma_p
+    return from_std<true>(mu, {x, 1}, mu_p, {x_p, 1}, Ratio<C>{(x - p) / p, quotient, log_ratio(x, x_p, quotient)});
   } else {
     return from_std<false>(mu, {x, 1}, C(0), {1, 1}, Ratio<C>{x - 1, x, log(x)});
   }

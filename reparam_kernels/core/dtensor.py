@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .window import NONE, Window, own_seeds
 
-CHECKED: set[Any] = set()  # the meshes whose processes were found to have one seed; with whether it was drawn
+CHECKED: set[Any] = set()  # (mesh, whether the seed was drawn), if all processes were found to have the same seed
 
 
 def is_dtensor(t: Any) -> bool:
@@ -70,13 +70,13 @@ def one_seed(where: str, t: Any, seed: Tensor, drawn: bool) -> None:
     if (mesh, drawn) in CHECKED or mesh.get_coordinate() is None:
         return
     digest = (seed * (2 * torch.arange(seed.numel(), device=seed.device) + 1)).sum()
-    ends = torch.stack((digest, ~digest))  # their maxima are the largest digest and the smallest one
+    ends = torch.stack((digest, ~digest))  # the maximum of ~digest is that of the smallest digest
     for dim in range(mesh.ndim):
         torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX, mesh.get_group(dim))
     if ends[0] != ~ends[1]:
         do = "Call torch.manual_seed with one number on all of them, or pass seed=." if drawn else "Pass one seed."
         raise ValueError(
-            f"{where}: the seed must be the same on all processes of the mesh; got others on some. {do} "
+            f"{where}: the seed must be the same on all processes of the mesh; got different ones. {do} "
             "The place in the whole already gives each process noise of its own."
         )
     CHECKED.add((mesh, drawn))
@@ -91,7 +91,7 @@ def window_of_part(
 
 
 def from_part(part: Tensor, mesh: Any, placements: Sequence[Any], shape: Sequence[int]) -> Tensor:
-    """Return the DTensor of a shape of which this process has a contiguous part."""
+    """Return the DTensor of this shape, given the contiguous part that this process holds."""
     from torch.distributed.tensor import DTensor
 
     strides = torch.empty(shape, device="meta").stride()

@@ -21,7 +21,7 @@ DO = "Pass window=(whole_shape, start), for example ((64, 20), (16, 0)) for rows
 
 
 def check(where: str, window: Any, shape: tuple[int, ...], samples: tuple[int, ...] = ()) -> Window:
-    """Return the window of a tensor of this shape, of which there are samples."""
+    """Check the window of a tensor of this shape, drawn `samples` times, and return it as two tuples."""
     pair = checks.sequence(window)
     if pair is None or len(pair) != 2:
         got = type(window).__name__ if pair is None else f"{len(pair)} items"

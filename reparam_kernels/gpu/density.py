@@ -1,4 +1,4 @@
-"""The log-density of a sample of an element, alone or less that of the prior, and tanh. As csrc/math/density.h."""
+"""One element of log q(z), or of log q(z) - log p(z), and tanh. csrc/math/density.h uses the same names."""
 
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ LN_2 = tl.constexpr(0.69314718055994530942)
 
 
 class Densities(NamedTuple):
-    """Both Gaussians, as the terms of every sample need them: d = log(sigma / sigma_p), f = expm1(d)."""
+    """What the terms of every sample need of q and p, with d = log(sigma / sigma_p) and f = expm1(d)."""
 
     sigma: Any
     log_sigma: Any
@@ -51,7 +51,7 @@ class Tanh(NamedTuple):
 
 @triton.jit
 def densities_from_log(scale: tl.constexpr, mu, lv, mu_p, lvp, PRIOR: tl.constexpr):
-    """lv = 2 log sigma, lvp = 2 log sigma_p; scale is the derivative of log sigma."""
+    """Make the densities from lv = 2 log sigma and lvp = 2 log sigma_p. `scale` is dlog_sigma/dx."""
     sigma = exp_half(lv).sigma
     one = tl.full(lv.shape, 1.0, lv.dtype)
     slope = one * scale
@@ -90,7 +90,8 @@ def densities_from_softplus(mu, x, mu_p, x_p, OPTIONS: tl.constexpr, PRIOR: tl.c
     sigma = s.value + OPTIONS.MIN_STD
     log_sigma = log(sigma)
     if OPTIONS.MIN_STD == 0.0:
-        log_sigma += tl.where(x < -LAST, x + LAST, 0.0)  # log sigma continues, though sigma stays
+        # below -LAST sigma stays the same, but its logarithm is still x
+        log_sigma += tl.where(x < -LAST, x + LAST, 0.0)
     if PRIOR:
         p = softplus(x_p)
         sigma_p = p.value + OPTIONS.MIN_STD

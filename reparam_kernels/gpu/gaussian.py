@@ -70,11 +70,11 @@ class Element(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """q = sigma / sigma_p, f = q - 1 and log q, each to full relative accuracy."""
+    """sigma / sigma_p, that less 1, and its logarithm, each to full relative accuracy."""
 
-    f: Any
-    q: Any
-    log_q: Any
+    f: Any  # quotient - 1
+    quotient: Any
+    log_quotient: Any
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def clamp(x, OPTIONS: tl.constexpr):
 
 @triton.jit
 def from_log(scale: tl.constexpr, mu, lv, mu_p, lvp, PRIOR: tl.constexpr):
-    """lv = 2 log sigma, lvp = 2 log sigma_p; scale is the derivative of log sigma."""
+    """Make the element from lv = 2 log sigma and lvp = 2 log sigma_p. `scale` is dlog_sigma/dx."""
     FLOAT64: tl.constexpr = lv.dtype == tl.float64
     posterior = exp_half(lv)
     if PRIOR:
@@ -137,14 +137,14 @@ def from_log(scale: tl.constexpr, mu, lv, mu_p, lvp, PRIOR: tl.constexpr):
 
 @triton.jit
 def from_std(mu, s, mu_p, p, r, PRIOR: tl.constexpr):
-    """Make the element from s and p, which are sigma and sigma_p with their slopes.
+    """Make the element from s and p, which are sigma and sigma_p with their slopes, and from their ratio r.
 
     A slope is divided by its sigma last, in case both are tiny.
     """
     HUGE: tl.constexpr = 3.273390607896142e150 if mu.dtype == tl.float64 else 4.611686018427388e18
     g = minus_log1p(r.f)
     above = fma(r.f, r.f, g + g)
-    below = fma(r.log_q, -2.0, fma(r.q, r.q, -1.0))
+    below = fma(r.log_quotient, -2.0, fma(r.quotient, r.quotient, -1.0))
     # Below -0.6, and if sigma_p is infinite and f therefore NaN, the terms do not cancel. Every branch keeps NaN.
     k = tl.where(r.f >= -0.6, tl.where(r.f < HUGE, above, r.f * r.f), below)
     if PRIOR:
@@ -163,9 +163,9 @@ def from_plain_std(mu, x, mu_p, x_p, PRIOR: tl.constexpr):
     s = Softplus(x, one)
     LARGEST: tl.constexpr = 1.7976931348623157e308 if x.dtype == tl.float64 else 3.4028234663852886e38
     if PRIOR:
-        q = div(x, x_p)
+        quotient = div(x, x_p)
         p = tl.where(x_p > LARGEST, LARGEST, x_p)  # so that f is -1 for an infinite sigma_p
-        r = Ratio(div(x - p, p), q, log_ratio(x, x_p, q))
+        r = Ratio(div(x - p, p), quotient, log_ratio(x, x_p, quotient))
         return from_std(mu, s, mu_p, Softplus(x_p, one), r, True)
     else:
         return from_std(mu, s, mu, s, Ratio(x - 1.0, x, log(x)), False)
@@ -182,22 +182,25 @@ def from_softplus(mu, x, mu_p, x_p, OPTIONS: tl.constexpr, PRIOR: tl.constexpr):
         p = softplus(x_p)
         sigma_p = p.value + OPTIONS.MIN_STD
         f = div(softplus_difference(x, s, x_p, 0.0, p), sigma_p)
-        q = div(sigma, sigma_p)
-        log_q = log_ratio(sigma, sigma_p, q)
+        quotient = div(sigma, sigma_p)
+        log_quotient = log_ratio(sigma, sigma_p, quotient)
     else:
         p = Softplus(tl.full((), 1.0 - OPTIONS.MIN_STD, x.dtype), tl.full((), OPTIONS.UNIT_SLOPE, x.dtype))
         sigma_p = sigma
         f = softplus_difference(x, s, OPTIONS.UNIT_HI, OPTIONS.UNIT_LO, p)
-        q = sigma
-        log_q = log(sigma)
+        quotient = sigma
+        log_quotient = log(sigma)
     if OPTIONS.MIN_STD == 0.0:
-        log_q += tl.where(x < -LAST, x + LAST, 0.0)  # log sigma continues, though sigma stays
+        # below -LAST sigma stays the same, but its logarithm is still x
+        log_quotient += tl.where(x < -LAST, x + LAST, 0.0)
         if PRIOR:
             is_exp = tl.maximum(x, x_p) < IS_EXP
             f = tl.where(is_exp, expm1(x - x_p), f)
-            q = tl.where(is_exp, f + 1.0, q)
-            log_q = tl.where(is_exp, x - x_p, log_q)
-    return from_std(mu, Softplus(sigma, s.slope), mu_p, Softplus(sigma_p, p.slope), Ratio(f, q, log_q), PRIOR)
+            quotient = tl.where(is_exp, f + 1.0, quotient)
+            log_quotient = tl.where(is_exp, x - x_p, log_quotient)
+    return from_std(
+        mu, Softplus(sigma, s.slope), mu_p, Softplus(sigma_p, p.slope), Ratio(f, quotient, log_quotient), PRIOR
+    )
 
 
 @triton.jit

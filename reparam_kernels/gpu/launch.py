@@ -89,12 +89,12 @@ def window_tensor(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 class Plans(dict[Any, Any]):
-    """What has been planned, by all that it depends on."""
+    """What the ops have planned, keyed by everything that it depends on."""
 
     LIMIT = 1024
 
     def add(self, key: Any, plan: Any) -> Any:
-        """Keep a plan. If there are too many, the others go."""
+        """Keep a plan. At the limit, the others are dropped first."""
         if len(self) >= self.LIMIT:
             self.clear()
         self[key] = plan

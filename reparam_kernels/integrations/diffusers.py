@@ -79,6 +79,11 @@ class Posterior:
             return torch.zeros(1, device="cpu")
         return self.mean.new_zeros(shape, dtype=compute_dtype(self.mean.dtype))
 
+    def _kl_from(self, prior: tuple[Tensor, Tensor], **options: Any) -> Tensor:
+        """Compute the KL from a prior, where the shapes broadcast."""
+        shape = torch.broadcast_shapes(self.mean.shape, prior[0].shape)  # type: ignore[no-untyped-call]
+        return kl_divergence(self.mean.expand(shape), self._x.expand(shape), prior=prior, **options)
+
 
 class DiagonalGaussianDistribution(Posterior):
     """The posterior of diffusers' AutoencoderKL and similar models, with the moments packed along a dim.
@@ -158,14 +163,7 @@ class DiagonalGaussianDistribution(Posterior):
             kl = self._packed(event_ndim).kl()
         else:
             logvar = torch.full_like(other.logvar, -math.inf) if other.deterministic else other.logvar
-            shape = torch.broadcast_shapes(self.mean.shape, other.mean.shape)  # type: ignore[no-untyped-call]
-            kl = kl_divergence(
-                self.mean.expand(shape),
-                self._x.expand(shape),
-                clamp=(-30.0, 20.0),
-                prior=(other.mean, logvar),
-                event_ndim=event_ndim,
-            )
+            kl = self._kl_from((other.mean, logvar), clamp=(-30.0, 20.0), event_ndim=event_ndim)
         return kl if event_ndim is None else kl.sum(dims)
 
     def nll(self, sample: Tensor, dims: Any = None) -> Tensor:
@@ -241,15 +239,7 @@ class OobleckDiagonalGaussianDistribution(Posterior):
         if other is None:
             kl = self._packed().kl().sum() / places
             return kl if self.fix_upstream_bugs else 2 * kl
-        shape = torch.broadcast_shapes(self.mean.shape, other.mean.shape)  # type: ignore[no-untyped-call]
-        kl = kl_divergence(
-            self.mean.expand(shape),
-            self._x.expand(shape),
-            prior=(other.mean, other.scale),
-            param="softplus",
-            min_std=1e-4,
-        )
-        kl = kl.sum() / places
+        kl = self._kl_from((other.mean, other.scale), param="softplus", min_std=1e-4).sum() / places
         if self.fix_upstream_bugs:
             return kl
         log_std, log_std_p = (torch.log(softplus(x.to(kl.dtype)) + 1e-4) for x in (self._x, other.scale))
@@ -341,7 +331,7 @@ def with_options(ours: type[Posterior], noise: str, fix_upstream_bugs: bool) -> 
 
 
 def behaviours(ours: type[Posterior], noise: str, fix_upstream_bugs: bool) -> list[Behaviour]:
-    """Return what a posterior of diffusers is compared in, first one that samples, then a deterministic one."""
+    """Return what is compared of a posterior of diffusers: first one that samples, then a deterministic one."""
     g = torch.Generator().manual_seed(0)
     parameters, value, other = (torch.randn(3, n, 12, 12, generator=g, device="cpu") for n in (8, 4, 8))
     parameters[2, 4:, 0, :2] = torch.tensor([25.0, -35.0], device="cpu")  # beyond the clamp

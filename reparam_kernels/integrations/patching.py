@@ -81,7 +81,7 @@ def find(package: str, where: str, name: str) -> Any:
 
 
 class Behaviour(NamedTuple):
-    """What two instances, made with the same arguments, are compared in, besides their attributes and signatures.
+    """What is compared of two instances that are made with the same arguments, besides attributes and signatures.
 
     values: functions of an instance whose results must be equal.
     draws: functions of an instance and a generator that return samples.
@@ -215,7 +215,7 @@ def drawn(
 
 
 def normals(theirs: type, more: dict[str, Callable[[Any], Any]] | None = None) -> Behaviour:
-    """Return what a Normal is compared in: everything but the values of its noise."""
+    """Return what is compared of a Normal: everything but the values of its noise."""
     g = torch.Generator().manual_seed(0)
     loc, x, value = (torch.randn(4, 60, generator=g, device="cpu") for _ in range(3))
 

@@ -13,7 +13,7 @@ import torch
 import reparam_kernels as rk
 
 from . import measure, options, truth
-from .case import PARAMS, Case
+from .case import Case
 from .providers import PROVIDERS, Function, noise_providers, providers
 from .report import seconds
 
@@ -80,21 +80,12 @@ Row = dict[str, Any]
 
 def add_command(commands: Any) -> argparse.ArgumentParser:
     """Add `bench` to the commands of `python -m reparam_kernels`."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "bench",
-        help="time the ops beside plain torch, torch.distributions and torch.compile",
-        usage="python -m reparam_kernels bench [options]",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    short = "time the ops beside plain torch, torch.distributions and torch.compile"
+    parser = options.add_command(commands, "bench", help=short, description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--op", nargs="+", choices=list(OPS), metavar="OP", default=list(OPS), help="see below (all)")
     parser.add_argument("--shape", nargs="+", type=options.shape, metavar="S", help="of mu, batch first, as 512x128 "
                         "or 16x4x64x64 (those below)")  # fmt: skip
-    parser.add_argument("--dtype", nargs="+", choices=list(options.DTYPES), metavar="T", default=["float32"],
-                        help=f"of the inputs: {', '.join(options.DTYPES)} (the first)")  # fmt: skip
-    parser.add_argument("--param", choices=PARAMS, default="logvar", metavar="NAME",
-                        help=f"what the encoder gives: {', '.join(PARAMS)} (the first)")  # fmt: skip
+    options.add_case_options(parser, several=True)
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), metavar="P",
                         help="what is timed beside ours, names with spaces in quotes; see below (all)")  # fmt: skip
     options.add_device_options(parser)

@@ -15,7 +15,6 @@ OPS = (
     "reparameterize_mc_kl",
     "mixture_log_prob",
 )
-PARAMS = ("logvar", "logstd", "std", "softplus")
 
 
 class Case(NamedTuple):

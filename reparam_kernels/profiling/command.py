@@ -11,7 +11,7 @@ import torch
 import torch.profiler
 
 from . import breakdown, measure, module, options, picture, report
-from .case import OPS, PARAMS, Case
+from .case import OPS, Case
 from .launches import activities
 from .providers import ours
 
@@ -30,21 +30,12 @@ where mypackage/model.py has
 
 def add_command(commands: Any) -> argparse.ArgumentParser:
     """Add `profile` to the commands of `python -m reparam_kernels`."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "profile",
-        help="measure an op on your shapes, or your own training step",
-        usage="python -m reparam_kernels profile [options]",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    short = "measure an op on your shapes, or your own training step"
+    parser = options.add_command(commands, "profile", help=short, description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("--shape", type=options.shape, metavar="SHAPE", default=(512, 128), help="of mu, batch first, "
                         "as 64x4x32x32; of a mixture, points x components x dims (512x128)")  # fmt: skip
     parser.add_argument("--op", choices=OPS, metavar="OP", default=OPS[0], help=f"{', '.join(OPS)} (the first)")
-    parser.add_argument("--dtype", choices=list(options.DTYPES), default="float32", metavar="DTYPE",
-                        help=f"of the inputs: {', '.join(options.DTYPES)} (the first)")  # fmt: skip
-    parser.add_argument("--param", choices=PARAMS, default=PARAMS[0], metavar="NAME",
-                        help=f"what the encoder gives: {', '.join(PARAMS)} (the first)")  # fmt: skip
+    options.add_case_options(parser)
     parser.add_argument("--min-std", type=float, metavar="S", default=0.0, help="added to sigma; for softplus (0)")
     parser.add_argument("--samples", type=options.positive, default=None, metavar="K", help="sample_shape=(K,)")
     parser.add_argument("--prior", action="store_true", help="KL against a learned Gaussian, not N(0, I)")

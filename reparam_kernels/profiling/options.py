@@ -14,6 +14,7 @@ import torch
 import reparam_kernels as rk
 
 from ..core import backends
+from ..ops.latent.arguments import PARAMS
 from .processor import processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -30,6 +31,23 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive whole number; got {text!r}")
     return int(text)
+
+
+def add_command(commands: Any, name: str, **texts: str) -> argparse.ArgumentParser:
+    """Add a command of `python -m reparam_kernels`. texts: its help, its description and its epilog."""
+    usage = f"python -m reparam_kernels {name} [options]"
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser: argparse.ArgumentParser = commands.add_parser(name, usage=usage, formatter_class=as_written, **texts)
+    return parser
+
+
+def add_case_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Add --dtype and --param. several: --dtype takes a list."""
+    many = {"nargs": "+", "default": ["float32"]} if several else {"default": "float32"}
+    parser.add_argument("--dtype", choices=list(DTYPES), metavar="T", **many,
+                        help=f"of the inputs: {', '.join(DTYPES)} (the first)")  # fmt: skip
+    parser.add_argument("--param", choices=PARAMS, default=PARAMS[0], metavar="NAME",
+                        help=f"what the encoder gives: {', '.join(PARAMS)} (the first)")  # fmt: skip
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:

@@ -68,22 +68,9 @@ def reparameterize(
                 [ 1.7888e+00,  1.0679e+00]])
     """
     arguments = make_arguments(
-        "reparameterize",
-        mu,
-        logvar,
-        True,
-        False,
-        seed,
-        generator,
-        eps,
-        sample_shape,
-        None,
-        None,
-        param,
-        min_std,
-        clamp,
-        window=window,
-    )
+        "reparameterize", mu, logvar, True, False, seed, generator, eps, sample_shape,
+        None, None, param, min_std, clamp, window=window,
+    )  # fmt: skip
     return execute(LATENT, arguments)[0]  # type: ignore[return-value]
 
 
@@ -126,21 +113,9 @@ def kl_divergence(
         tensor([1.5000, 1.5000])
     """
     arguments = make_arguments(
-        "kl_divergence",
-        mu,
-        logvar,
-        False,
-        True,
-        None,
-        None,
-        None,
-        (),
-        event_ndim,
-        as_pair("kl_divergence", prior, param, min_std),
-        param,
-        min_std,
-        clamp,
-    )
+        "kl_divergence", mu, logvar, False, True, None, None, None, (),
+        event_ndim, as_pair("kl_divergence", prior, param, min_std), param, min_std, clamp,
+    )  # fmt: skip
     return execute(LATENT, arguments)[1]  # type: ignore[return-value]
 
 
@@ -182,22 +157,9 @@ def reparameterize_kl(
         (torch.Size([2, 3]), tensor([1.5000, 1.5000]))
     """
     arguments = make_arguments(
-        "reparameterize_kl",
-        mu,
-        logvar,
-        True,
-        True,
-        seed,
-        generator,
-        eps,
-        sample_shape,
-        event_ndim,
-        as_pair("reparameterize_kl", prior, param, min_std),
-        param,
-        min_std,
-        clamp,
-        window=window,
-    )
+        "reparameterize_kl", mu, logvar, True, True, seed, generator, eps, sample_shape,
+        event_ndim, as_pair("reparameterize_kl", prior, param, min_std), param, min_std, clamp, window=window,
+    )  # fmt: skip
     z, kl, _ = execute(LATENT, arguments)
     return z, kl  # type: ignore[return-value]
 
@@ -251,23 +213,10 @@ def reparameterize_log_prob(
         (torch.Size([5, 2]), True)
     """
     arguments = make_arguments(
-        "reparameterize_log_prob",
-        mu,
-        logvar,
-        True,
-        False,
-        seed,
-        generator,
-        eps,
-        sample_shape,
-        event_ndim,
-        None,
-        param,
-        min_std,
-        clamp,
-        density=Density(squash=squash, path_derivative=path_derivative),
-        window=window,
-    )
+        "reparameterize_log_prob", mu, logvar, True, False, seed, generator, eps, sample_shape,
+        event_ndim, None, param, min_std, clamp,
+        density=Density(squash=squash, path_derivative=path_derivative), window=window,
+    )  # fmt: skip
     z, _, log_q = execute(LATENT, arguments)
     return z, log_q  # type: ignore[return-value]
 
@@ -316,22 +265,9 @@ def reparameterize_mc_kl(
         (tensor([1.5020]), tensor([1.5000]))
     """
     arguments = make_arguments(
-        "reparameterize_mc_kl",
-        mu,
-        logvar,
-        True,
-        False,
-        seed,
-        generator,
-        eps,
-        sample_shape,
-        event_ndim,
-        as_pair("reparameterize_mc_kl", prior, param, min_std),
-        param,
-        min_std,
-        clamp,
-        density=Density(minus_log_p=True, path_derivative=path_derivative),
-        window=window,
-    )
+        "reparameterize_mc_kl", mu, logvar, True, False, seed, generator, eps, sample_shape,
+        event_ndim, as_pair("reparameterize_mc_kl", prior, param, min_std), param, min_std, clamp,
+        density=Density(minus_log_p=True, path_derivative=path_derivative), window=window,
+    )  # fmt: skip
     z, _, kl = execute(LATENT, arguments)
     return z, kl  # type: ignore[return-value]

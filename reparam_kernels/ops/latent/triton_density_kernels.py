@@ -11,57 +11,19 @@ import triton.language as tl
 from ...gpu.density import densities, log_density, log_ratio_of_densities, squash
 from ...gpu.elementary import fma
 from ...gpu.gaussian import in_bounds, slope_at
-from ...gpu.tiles import (
-    broadcast_packed_rows,
-    contiguous_pointers,
-    divmod_rows,
-    elements_left,
-    load,
-    make_shape,
-    make_tile,
-    noise,
-    pointers,
-    sample_pointer,
-    store,
-    sum_packed_rows,
-)
-from .triton_kernels import load_latent
+from ...gpu.tiles import contiguous_pointers, load, make_shape, make_tile, noise, pointers, sample_pointer, store
+from .triton_kernels import load_dkl, load_latent, store_kl
 
 
 @triton.jit
-def store_log_q(ptr, sample, terms, tile, shape, OPTIONS: tl.constexpr, TILING: tl.constexpr):
-    """Store the terms of one sample, or their sums."""
+def log_q_pointer(ptr, sample, first_sum, shape, OPTIONS: tl.constexpr, TILING: tl.constexpr):
+    """Return a pointer to one sample of log_q, or of its gradient. first_sum: its place if each row has its sums."""
     if OPTIONS.ELEMENTWISE_KL:
-        sample_ptr = sample_pointer(ptr, sample, shape.total, TILING)
-        store(contiguous_pointers(sample_ptr, tile, shape, TILING), terms, tile.mask)
+        return sample_pointer(ptr, sample, shape.total, TILING)
     elif TILING.ROW_LEN:
-        sums = sum_packed_rows(terms, TILING)
-        i = tl.arange(0, sums.shape[0])
-        first = sample * (shape.total // TILING.ROW_LEN) + tile.first_row * TILING.PACKED_ROWS
-        tl.store(ptr + first + i, sums, mask=i < elements_left(tile, shape) // TILING.ROW_LEN)
+        return ptr + sample * (shape.total // TILING.ROW_LEN)
     else:
-        if not TILING.EVEN:
-            terms = tl.where(tile.mask, terms, 0.0)
-        part = tl.sum(terms, axis=1)[:, None]
-        first = (sample * shape.rows + tile.first_row) * shape.chunks + tile.chunk
-        tl.store(ptr + first + tile.row * shape.chunks, part, mask=tile.row_mask)
-
-
-@triton.jit
-def load_dlog_q(ptr, sample, tile, shape, OPTIONS: tl.constexpr, TILING: tl.constexpr):
-    """Load the gradient that reaches each element of one sample."""
-    if OPTIONS.ELEMENTWISE_KL:
-        sample_ptr = sample_pointer(ptr, sample, shape.total, TILING)
-        return load(contiguous_pointers(sample_ptr, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
-    elif TILING.ROW_LEN:
-        first = sample * (shape.total // TILING.ROW_LEN) + tile.first_row * TILING.PACKED_ROWS
-        return broadcast_packed_rows(ptr + first, elements_left(tile, shape), TILING)
-    else:
-        row, _ = divmod_rows(tile.first_row + tile.row, shape.rows_per_kl, TILING)
-        rows = shape.rows // shape.rows_per_kl
-        if TILING.ONE_KL:
-            row, rows = row * 0, 1
-        return tl.load(ptr + sample * rows + row, mask=tile.row_mask)
+        return ptr + first_sum
 
 
 @triton.jit(do_not_specialize=["rows", "cols", "total", "chunks"])
@@ -103,7 +65,9 @@ def density_forward_kernel(
         sample_ptr = sample_pointer(z_ptr, sample, total, TILING)
         store(contiguous_pointers(sample_ptr, tile, shape, TILING), z, tile.mask)
         if log_q_ptr is not None:
-            store_log_q(log_q_ptr, sample, terms, tile, shape, OPTIONS, TILING)
+            sums = sample * shape.rows * shape.chunks
+            ptr = log_q_pointer(log_q_ptr, sample, sums, shape, OPTIONS, TILING)
+            store_kl(ptr, terms, 1.0, tile, shape, OPTIONS, TILING)
 
 
 @triton.jit(do_not_specialize=["dz_sample_stride", "rows", "cols", "total", "chunks"])
@@ -148,7 +112,11 @@ def density_backward_kernel(
             sample_ptr = sample_pointer(dz_ptr, sample, dz_sample_stride, TILING)
             du = load(pointers(sample_ptr, dz_strides, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
         if dlog_q_ptr is not None:
-            g = tl.broadcast_to(load_dlog_q(dlog_q_ptr, sample, tile, shape, OPTIONS, TILING), zero.shape)
+            sums = sample
+            if not TILING.ONE_KL:
+                sums = sample * (shape.rows // shape.rows_per_kl)
+            ptr = log_q_pointer(dlog_q_ptr, sample, sums, shape, OPTIONS, TILING)
+            g = tl.broadcast_to(load_dkl(ptr, tile, shape, OPTIONS, TILING), zero.shape)
         if OPTIONS.TANH:
             t = squash(fma(e.sigma, eps, latent.mu))
             du = fma(du, slope_at(du, t.slope), g * slope_at(g, t.value + t.value))

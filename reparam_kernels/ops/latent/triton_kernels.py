@@ -43,6 +43,38 @@ def load_latent(mu_ptr, x_ptr, mu_p_ptr, x_p_ptr, strides, tile, shape, OPTIONS:
         return Latent(mu, raw_x, x, mu_p, x_p)
 
 
+@triton.jit
+def store_kl(ptr, terms, scale: tl.constexpr, tile, shape, OPTIONS: tl.constexpr, TILING: tl.constexpr):
+    """Store the terms of the KL, or of one sample of log_q, times `scale`; or their sums."""
+    if OPTIONS.ELEMENTWISE_KL:
+        store(contiguous_pointers(ptr, tile, shape, TILING), scale * terms, tile.mask)
+    elif TILING.ROW_LEN:
+        sums = scale * sum_packed_rows(terms, TILING)
+        i = tl.arange(0, sums.shape[0])
+        packed_rows = elements_left(tile, shape) // TILING.ROW_LEN
+        tl.store(ptr + tile.first_row * TILING.PACKED_ROWS + i, sums, mask=i < packed_rows)
+    else:
+        if not TILING.EVEN:
+            terms = tl.where(tile.mask, terms, 0.0)
+        part = scale * tl.sum(terms, axis=1)[:, None]
+        tl.store(ptr + (tile.first_row + tile.row) * shape.chunks + tile.chunk, part, mask=tile.row_mask)
+
+
+@triton.jit
+def load_dkl(ptr, tile, shape, OPTIONS: tl.constexpr, TILING: tl.constexpr):
+    """Load the gradient of the KL, or of one sample of log_q, that reaches each element."""
+    if OPTIONS.ELEMENTWISE_KL:
+        return load(contiguous_pointers(ptr, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
+    elif TILING.ROW_LEN:
+        first = ptr + tile.first_row * TILING.PACKED_ROWS
+        return broadcast_packed_rows(first, elements_left(tile, shape), TILING)
+    else:
+        row, _ = divmod_rows(tile.first_row + tile.row, shape.rows_per_kl, TILING)
+        if TILING.ONE_KL:
+            row = row * 0
+        return tl.load(ptr + row, mask=tile.row_mask)
+
+
 @triton.jit(do_not_specialize=["rows", "cols", "total", "chunks"])
 def forward_kernel(
     mu_ptr,  # operands, read through their strides
@@ -68,19 +100,7 @@ def forward_kernel(
     latent = load_latent(mu_ptr, x_ptr, mu_p_ptr, x_p_ptr, strides, tile, shape, OPTIONS, TILING)
     e = element(latent, OPTIONS, mu_p_ptr is not None)
     if kl_ptr is not None:
-        if OPTIONS.ELEMENTWISE_KL:
-            store(contiguous_pointers(kl_ptr, tile, shape, TILING), 0.5 * e.kl2, tile.mask)
-        elif TILING.ROW_LEN:
-            sums = 0.5 * sum_packed_rows(e.kl2, TILING)
-            i = tl.arange(0, sums.shape[0])
-            packed_rows = elements_left(tile, shape) // TILING.ROW_LEN
-            tl.store(kl_ptr + tile.first_row * TILING.PACKED_ROWS + i, sums, mask=i < packed_rows)
-        else:
-            kl2 = e.kl2
-            if not TILING.EVEN:
-                kl2 = tl.where(tile.mask, kl2, 0.0)
-            part = 0.5 * tl.sum(kl2, axis=1)[:, None]
-            tl.store(kl_ptr + (tile.first_row + tile.row) * shape.chunks + tile.chunk, part, mask=tile.row_mask)
+        store_kl(kl_ptr, e.kl2, 0.5, tile, shape, OPTIONS, TILING)
     if z_ptr is not None:
         for i in range(shape.samples):
             sample = tile.first_col * 0 + i  # 64-bit
@@ -136,16 +156,7 @@ def backward_kernel(
     dsigma_slope = slope_at(dsigma, e.dsigma)
     dx = dsigma * dsigma_slope
     if dkl_ptr is not None:
-        if OPTIONS.ELEMENTWISE_KL:
-            dkl = load(contiguous_pointers(dkl_ptr, tile, shape, TILING), tile.mask, OPTIONS.FLOAT64)
-        elif TILING.ROW_LEN:
-            first = dkl_ptr + tile.first_row * TILING.PACKED_ROWS
-            dkl = broadcast_packed_rows(first, elements_left(tile, shape), TILING)
-        else:
-            kl_row, _ = divmod_rows(tile.first_row + tile.row, shape.rows_per_kl, TILING)
-            if TILING.ONE_KL:
-                kl_row = kl_row * 0
-            dkl = tl.load(dkl_ptr + kl_row, mask=tile.row_mask)
+        dkl = load_dkl(dkl_ptr, tile, shape, OPTIONS, TILING)
         dkl_mu = slope_at(dkl, e.dkl_mu)
         if dmu_p_ptr is not None:
             store(contiguous_pointers(dmu_p_ptr, tile, shape, TILING), -(dkl * dkl_mu), tile.mask)

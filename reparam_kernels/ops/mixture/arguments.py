@@ -57,6 +57,17 @@ def shapes(arguments: Arguments) -> tuple[Shape | None, ...]:
     return joint, dims, *(None if s is None else Shape((2, *s.sizes), dtype) for s in (joint, dims))
 
 
+def empty_outputs(
+    arguments: Arguments, saving: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Allocate joint and dims, and, if `saving`, the sums that backward needs."""
+    joint, dims, joint_sums, dims_sums = (
+        None if s is None or (i >= 2 and not saving) else arguments.z.new_empty(s.sizes, dtype=s.dtype)
+        for i, s in enumerate(shapes(arguments))
+    )
+    return joint, dims, joint_sums, dims_sums
+
+
 def make_arguments(
     where: str,
     z: Any,

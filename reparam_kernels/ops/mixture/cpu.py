@@ -9,7 +9,7 @@ from torch import Tensor
 from ... import _C
 from ...core.cpu import empty, explain
 from ...core.dtypes import compute_dtype
-from .arguments import Arguments, Config, shapes, weights_by_component
+from .arguments import Arguments, Config, empty_outputs, weights_by_component
 
 
 @lru_cache(maxsize=256)
@@ -31,10 +31,7 @@ def forward_saving(
 
 def _forward(arguments: Arguments, saving: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     z, mu, x, log_weights = arguments.z, arguments.mu, arguments.x, weights_by_component(arguments)
-    joint, dims, joint_sums, dims_sums = (
-        None if s is None or (i >= 2 and not saving) else z.new_empty(s.sizes, dtype=s.dtype)
-        for i, s in enumerate(shapes(arguments))
-    )
+    joint, dims, joint_sums, dims_sums = empty_outputs(arguments, saving)
     options, threads = _options(arguments.config), torch.get_num_threads()
     try:
         _C.mixture_forward(options, threads, z, mu, x, log_weights, joint, dims, joint_sums, dims_sums)

@@ -12,7 +12,7 @@ from ...gpu.launch import launch
 from ...gpu.plan import cdiv, next_power_of_2
 from ..latent.arguments import PARAMS
 from . import triton_kernels as kernels
-from .arguments import Arguments, batch_of, shapes, weights_by_component
+from .arguments import Arguments, batch_of, empty_outputs, weights_by_component
 
 BLOCK = 32  # points and components of a program
 DIMS_ALONE = 8  # dims of a program of backward that has no joint part, which would be computed once for each
@@ -82,8 +82,7 @@ def prepare(arguments: Arguments, joint: bool, dims: bool) -> Call:
 
 
 def forward(arguments: Arguments) -> tuple[Tensor | None, Tensor | None]:
-    joint, dims, *_ = _forward(arguments, saving=False)
-    return joint, dims
+    return _forward(arguments, saving=False)[:2]
 
 
 def forward_saving(
@@ -94,10 +93,7 @@ def forward_saving(
 
 
 def _forward(arguments: Arguments, saving: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    joint, dims, joint_sums, dims_sums = (
-        None if s is None or (i >= 2 and not saving) else arguments.z.new_empty(s.sizes, dtype=s.dtype)
-        for i, s in enumerate(shapes(arguments))
-    )
+    joint, dims, joint_sums, dims_sums = empty_outputs(arguments, saving)
     call = prepare(arguments, joint is not None, dims is not None)
     z, fields, sizes = call.z, call.fields, call.sizes
     blocks = cdiv(sizes.items, BLOCK)

@@ -1,4 +1,4 @@
-"""The losses that are built on rk.mixture_log_prob, against the definitions of the paper and an enumeration."""
+"""The losses of the aggregate posterior, against the definitions of the paper and an enumeration."""
 
 import math
 from itertools import permutations
