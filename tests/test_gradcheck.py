@@ -70,6 +70,36 @@ def test_a_wrong_gradient_is_named_with_the_parameters_that_it_reaches(factor):
     assert not {"decoder.weight", "decoder.bias"} & wrong
 
 
+class HeldInLists(nn.Module):
+    """Layers in a plain list whose parameters are registered besides, and a parameter that is in a list too."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+        self.layers = [nn.Linear(3, 8)]
+        self.registered = nn.ParameterList(self.layers[0].parameters())
+        self.w = nn.Parameter(torch.randn(8, 8))
+        self.weights = [self.w]
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        h = self.layers[0](x) @ WrongBackward.apply(self.weights[0], self.factor)
+        return rk.reparameterize_kl(*h.chunk(2, -1))
+
+
+def test_a_parameter_is_checked_wherever_the_model_holds_it():
+    torch.manual_seed(0)
+    report = gradcheck(HeldInLists(1.0), torch.rand(2, 3))
+    assert report.not_reached == ("unused",)
+    assert "not reached by autograd: unused" in str(report)
+    used = [s for s in report.slopes if s.tensor != "unused"]
+    assert all(s.numerical != 0 for s in used)
+    with pytest.raises(AssertionError) as caught:
+        gradcheck(HeldInLists(50.0), torch.rand(2, 3))
+    wrong = {line.split()[1].rstrip(",") for line in str(caught.value).splitlines() if line.startswith("wrong:")}
+    assert wrong == {"w"}
+
+
 def test_slopes_are_those_of_the_closed_form():
     x = torch.tensor([[0.5, -2.0], [3.0, 0.0]], requires_grad=True)
     for s in gradcheck(lambda t: (t**3).sum(), x).slopes:

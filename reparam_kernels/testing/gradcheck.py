@@ -1,7 +1,7 @@
 """gradcheck of a whole model: autograd's slopes beside finite differences, in float64 and with a fixed seed."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ class GradcheckReport(NamedTuple):
     """The comparisons of gradcheck. As text, a table with a line for each tensor."""
 
     slopes: list[Slope]
+    not_reached: tuple[str, ...] = ()  # the tensors that no output depends on
 
     @property
     def wrong(self) -> list[Slope]:
@@ -44,6 +45,7 @@ class GradcheckReport(NamedTuple):
             kinks, wrong = (sum(s.verdict == verdict for s in own) for verdict in ("kink", "wrong"))
             largest = max((s.mismatch for s in own if s.verdict != "kink"), default=0.0)
             lines.append(f"{name:{width}}  {len(own):6}  {kinks:5}  {wrong:5}  {largest:16.1e}")
+        lines += [f"not reached by autograd: {name}" for name in self.not_reached]
         for s in sorted(self.wrong, key=lambda s: -s.mismatch)[:10]:
             place = "a random direction" if s.entry is None else f"entry {list(s.entry)}"
             lines.append(f"wrong: {s.tensor}, {place}: autograd {s.autograd:.6g}, numerical {s.numerical:.6g}")
@@ -80,7 +82,8 @@ def gradcheck(
         eps, atol, rtol: the step and the tolerances, as for torch.autograd.gradcheck.
 
     Returns:
-        A GradcheckReport. Its `slopes` holds every comparison, and str() makes a table.
+        A GradcheckReport. Its `slopes` holds every comparison, `not_reached` names the tensors for which autograd has
+        no gradient, and str() makes a table. An entry takes two evaluations or more.
 
     Raises:
         AssertionError: if a gradient is wrong. The text is the report.
@@ -117,7 +120,8 @@ def gradcheck(
 
             numerical, verdict = compare(slope, along, center.item(), magnitude, eps, atol, rtol)
             slopes.append(Slope(name, entry, slope, numerical, verdict))
-    report = GradcheckReport(slopes)
+    not_reached = (name for name, grad in zip(f.variables, grads, strict=True) if grad is None)
+    report = GradcheckReport(slopes, tuple(not_reached))
     if report.wrong:
         raise AssertionError(f"gradcheck: gradients must equal finite differences; got\n{report}")
     return report
@@ -135,10 +139,11 @@ class SeededFunction:
         self.function, self.module = function, None
         if isinstance(function, nn.Module):
             self.module = copied(function).double()
+            known = {id(p) for p in self.module.parameters()}
             for module in self.module.modules():  # .double() leaves tensors that are no buffers as they are
                 for name, value in vars(module).items():
                     if isinstance(value, (Tensor, list, tuple, dict)) and not name.startswith("_"):
-                        setattr(module, name, to_float64(value))
+                        setattr(module, name, to_float64(value, known))
             self.variables |= {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         if not self.variables:
             raise ValueError(
@@ -149,17 +154,30 @@ class SeededFunction:
 
     def __call__(self, name: str | None = None, shift: Tensor | float = 0.0) -> tuple[Tensor, float]:
         """Evaluate with one variable shifted. Return the value and the sum of the magnitudes of its terms."""
-        variables = self.variables if name is None else self.variables | {name: self.variables[name] + shift}
-        inputs = [variables.get(f"input {i}", value) for i, value in enumerate(self.inputs)]
-        with torch.random.fork_rng(self.devices), float64_by_default():
+        with shifted(self.variables.get(name or ""), shift), torch.random.fork_rng(self.devices), float64_by_default():
             torch.manual_seed(self.seed)
             if self.module is None:
-                output = self.function(*inputs)
+                output = self.function(*self.inputs)
             else:
-                parameters = {n: t for n, t in variables.items() if not n.startswith("input ")}
                 buffers = {n: b.clone() for n, b in self.module.named_buffers()}
-                output = functional_call(self.module, parameters | buffers, tuple(inputs))
+                output = functional_call(self.module, buffers, tuple(self.inputs))
         return weighted_sum(list(floating_tensors(output)))
+
+
+@contextmanager
+def shifted(variable: Tensor | None, shift: Tensor | float) -> Iterator[None]:
+    """Shift a variable in place, wherever the function holds it, and put its values back."""
+    if variable is None:
+        yield
+        return
+    before = variable.detach().clone()
+    with torch.no_grad():
+        variable += shift
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            variable.copy_(before)
 
 
 @contextmanager
@@ -238,15 +256,15 @@ def compare(
     return first, "wrong"
 
 
-def to_float64(value: Any) -> Any:
-    """Copy the floating tensors of an argument, at any depth, as float64 leaves."""
+def to_float64(value: Any, kept: Container[int] = ()) -> Any:
+    """Copy the floating tensors of an argument, at any depth, as float64 leaves, but for those with an id in `kept`."""
     if isinstance(value, Tensor):
-        if not value.is_floating_point():
+        if not value.is_floating_point() or id(value) in kept:
             return value
         return value.detach().to(torch.float64, copy=True).requires_grad_(value.requires_grad)
     if isinstance(value, (list, tuple)):
-        items = [to_float64(v) for v in value]
+        items = [to_float64(v, kept) for v in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
-        return {key: to_float64(v) for key, v in value.items()}
+        return {key: to_float64(v, kept) for key, v in value.items()}
     return value
