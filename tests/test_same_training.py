@@ -90,6 +90,11 @@ def test_a_wrong_adapter_is_caught_in_the_first_step(batches, name, quantity):
         assert_same_training(VAE(), latent(name), batches[:1], elbo)
 
 
+def test_losses_that_differ_by_a_constant_are_named_as_such(batches):
+    with pytest.raises(AssertionError, match="The gradients agree: the losses differ by a constant"):
+        assert_same_training(VAE(), VAE(), batches[:1], elbo, lambda model, batch: elbo(model, batch) + 3.676)
+
+
 DRAWS = {
     "randn": lambda mu: torch.randn(4, 5),
     "randn of a size": lambda mu: torch.randn(size=(4, 5), dtype=torch.float32),

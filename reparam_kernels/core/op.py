@@ -58,6 +58,8 @@ class Op(Generic[A]):
         inputs. Where an output gradient is 0 and a slope is not finite, it holds the inputs constant. Default: formula.
     saved: the names of what forward computes for backward alone: the last tensors among the arguments, None in a
         forward call.
+    kept: arguments -> the same with each tensor that backward does not read replaced by one that it does, so that
+        autograd keeps fewer.
     shapes: arguments -> a Shape for each output and each saved tensor, None for one not asked for.
     package: holds cpu.py and triton.py, each with forward(arguments) -> outputs and backward(arguments, output
         gradients, wanted) -> input gradients, contiguous. An op with saved tensors also has
@@ -81,12 +83,13 @@ class Op(Generic[A]):
         package: str,
         gradient_formula: Callable[[A, Outputs], Outputs] | None = None,
         expands: tuple[str, ...] = (),
+        kept: Callable[[A], A] = lambda arguments: arguments,
         with_noise: Callable[[A], A] = lambda arguments: arguments,
         shard: Callable[[A], tuple[A, Callable[[Outputs], Outputs]]] | None = None,
     ) -> None:
         self.name, self.arguments, self.formula, self.shapes = name, arguments, formula, shapes
         self.package, self.with_noise, self.shard = package, with_noise, shard
-        self.gradient_formula = gradient_formula
+        self.gradient_formula, self.kept = gradient_formula, kept
         hints = get_type_hints(arguments)
         *tensors, options = hints
         self._expands = [inputs.index(name) for name in expands]
@@ -278,7 +281,8 @@ class ForwardRules:
         return [values[0].new_empty(s.sizes, dtype=s.dtype) for s in shapes if s is not None]
 
     def save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        ctx.save_for_backward(*inputs[: self.op.n_given], *as_tuple(output)[self.op.n_outputs :])
+        kept = self.op.kept(self.op.unflatten(inputs))
+        ctx.save_for_backward(*kept[: self.op.n_given], *as_tuple(output)[self.op.n_outputs :])
         ctx.options = inputs[self.op.n_tensors :]
         ctx.set_materialize_grads(False)
 
@@ -374,11 +378,14 @@ def autograd_function(
     run: Callable[[Any], tuple[Outputs, Outputs]],
     gradients: Callable[[Any, Outputs, Sequence[bool]], Outputs],
 ) -> Callable[..., Any]:
-    """Make an autograd.Function, and return its apply. It saves the arguments, and what `run` returns besides."""
+    """Make an autograd.Function, and return its apply.
+
+    It saves what backward reads of the arguments, and what `run` returns besides.
+    """
 
     def forward(ctx: Any, arguments: Any, *inputs: Tensor | None) -> Outputs:
         outputs, saved = run(arguments)
-        ctx.save_for_backward(*arguments[: op.n_given], *saved)
+        ctx.save_for_backward(*op.kept(arguments)[: op.n_given], *saved)
         ctx.options = arguments[-1]
         ctx.set_materialize_grads(False)
         return outputs

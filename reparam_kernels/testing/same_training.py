@@ -123,10 +123,15 @@ def assert_same_training(
         wrong = [d for d in differences if not d.difference <= d.allowed]
         if wrong:
             lines = "\n".join(map(str, sorted(wrong, key=lambda d: -d.difference / d.allowed)[:10]))
+            advice = (
+                "The gradients agree: the losses differ by a constant, such as log(2 pi) / 2 for each dim."
+                if [d.quantity for d in wrong] == ["loss"]
+                else "Compare sigma, the KL's dims and its weight in the two versions, and small numbers that one of "
+                "them adds, as in log(sigma + 1e-7). If a kink such as ReLU's is near, another seed passes."
+            )
             raise AssertionError(
                 "assert_same_training: the versions must have the same loss and gradients but for rounding; got\n"
-                f"{lines}\nCompare sigma, the KL's dims and its weight in the two versions, and small numbers that one "
-                "of them adds, as in log(sigma + 1e-7). If a kink such as ReLU's is near, another seed passes."
+                f"the losses {report.before[-1]:.8g} before and {report.after[-1]:.8g} after\n{lines}\n{advice}"
             )
     if not report.before:
         raise ValueError("assert_same_training: batches must hold an item for each step; got none. Pass a list.")

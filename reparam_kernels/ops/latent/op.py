@@ -20,6 +20,14 @@ def with_noise(arguments: Arguments) -> Arguments:
     return arguments._replace(seed=None, eps=eps)
 
 
+def kept(arguments: Arguments) -> Arguments:
+    """Return the arguments that backward reads. The gradients of z, and of log q along with it, do not depend on mu."""
+    config = arguments.config
+    if arguments.x is None or config.kl or config.tanh or config.minus_log_p or config.path_derivative:
+        return arguments
+    return arguments._replace(mu=arguments.x)
+
+
 LATENT = Op(
     "latent",
     Arguments,
@@ -30,6 +38,7 @@ LATENT = Op(
     package=__package__,
     gradient_formula=gradient_formula,
     expands=("mu_p", "x_p"),
+    kept=kept,
     with_noise=with_noise,
     shard=shard,
 )
