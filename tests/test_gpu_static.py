@@ -90,3 +90,4 @@ def test_the_committed_table_is_whole_and_the_docs_show_it():
             order = [(p, w) for w in ("forward", "backward") for p in ("ours", "torch.compile")]
             want = [float(by_case[(device, dtype, *key)]["predicted_ps"]) for key in order]
             assert shown == pytest.approx(want, abs=0.0051)
+            assert line.endswith(f"| {(want[1] + want[3]) / (want[0] + want[2]):.2f} |")  # of the whole step

@@ -119,7 +119,7 @@ def check_samples(where: str, log_w: Tensor, least: int = 1) -> None:
     if log_w.dim() < 1 or log_w.shape[0] < least:
         raise ValueError(
             f"{where}: log_w must have the samples in its first dim, {least} or more; got shape {tuple(log_w.shape)}. "
-            "Draw them with sample_shape=(K,)."
+            "Draw with sample_shape=(K,)."
         )
 
 
@@ -127,5 +127,5 @@ def check_shape(where: str, name: str, shape: torch.Size, log_w: Tensor) -> None
     if shape != log_w.shape:
         raise ValueError(
             f"{where}: {name} must have the shape of log_w; got {name} {tuple(shape)}, log_w {tuple(log_w.shape)}. "
-            "Sum log_q over the event, as rk.reparameterize_log_prob does."
+            "Draw with sample_shape=(K,), and sum log_w and log_q over the event."
         )
