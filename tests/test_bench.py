@@ -151,9 +151,18 @@ def test_a_wrong_provider_gets_no_number():
                 truth.check(case, name, wrong, leaves)
 
 
-def test_the_tanh_of_a_saturated_half_is_checked_too():
-    case = Case("reparameterize_log_prob", (64, 4096), torch.bfloat16, squash=True)
-    truth.check(case, "eager", ours(case), case.leaves())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_tanh_of_a_half_is_checked_too(dtype):
+    for shape in ((64, 4096), (256, 6)):
+        case = Case("reparameterize_log_prob", shape, dtype, squash=True)
+        for f in (ours(case), eager(case), distributions(case)):
+            truth.check(case, "one", f, case.leaves())
+        with pytest.raises(AssertionError):
+            truth.check(case, "wrong", lambda *leaves, f=f: (f(*leaves)[0], 1.01 * f(*leaves)[1]), case.leaves())
+
+
+def test_the_truth_of_a_squashed_sample_is_torchs_transformed_distribution():
+    case = Case("reparameterize_log_prob", (1, 2), squash=True)
     q = d.TransformedDistribution(d.Normal(0.0, 1.0), d.TanhTransform())
     u = torch.tensor([[0.3, -1.2]], dtype=torch.float64)
     one = case._replace(dtype=torch.float64)

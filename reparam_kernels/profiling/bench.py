@@ -213,8 +213,9 @@ def main(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         progress("")
         print(f"\n{table(found)}", flush=True)
         rows += found
+        if args.csv is not None:  # after each case, since the run may be cut
+            write(args.csv, rows, known)
     print(FOOTNOTE)
     if args.csv is not None:
-        write(args.csv, rows, known)
         print(args.csv, file=sys.stderr)
     return 0

@@ -28,6 +28,8 @@ def checked(
             made[name] = measure.passes(f, leaves)
             for call in made[name].values():
                 call()
+        except AssertionError as error:
+            raise SystemExit(f"{name} is wrong, so nothing is measured: {error}") from error
         except RuntimeError as error:
             if name in ("ours", "ours again"):
                 raise
@@ -41,6 +43,9 @@ def checked(
 
 def check(case: Case, name: str, f: Function, leaves: list[Tensor]) -> None:
     """Raise if a provider is wrong: z must have its mean and variance, and the other outputs their values."""
+    if case.squash and case.dtype in (torch.float16, torch.bfloat16):
+        # A rounded tanh does not tell the z of which log q is taken, so the same function is checked in float32.
+        case, leaves = case._replace(dtype=torch.float32), [t.detach().float() for t in leaves]
     with torch.no_grad():
         out = f(*leaves)
     half = case.dtype in (torch.float16, torch.bfloat16)
@@ -55,7 +60,7 @@ def check(case: Case, name: str, f: Function, leaves: list[Tensor]) -> None:
         n = eps.numel()
         mean, variance = abs(eps.mean()), abs(eps.var() - 1) if n > 1 else 0.0
         if not (mean <= 5 / n**0.5 + 1e-2 * half and variance <= 5 * (2 / n) ** 0.5 + 1e-2 * half):
-            raise AssertionError(f"{name}: z must have mean mu and variance sigma^2; got another. No number is given.")
+            raise AssertionError(f"{name}: z must have mean mu and variance sigma^2; got another")
     rtol = 3e-2 if half else 1e-3 if case.squash else 1e-4
     for value, want in zip(values, expected(case, wide, u), strict=True):
         torch.testing.assert_close(value[: len(want)].double(), want, rtol=rtol, atol=1e-2, msg=f"{name}: {case.op}")
