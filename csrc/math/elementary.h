@@ -92,6 +92,20 @@ REPARAM_INLINE float log(float u) {
   return u > 0.f ? (u < kInf ? log1p(s) : u) : (u == 0.f ? -kInf : kNan);
 }
 
+// A positive number as 2^exponent mantissa, the mantissa in [1, 2).
+template <class C>
+struct Binary {
+  C exponent, mantissa;
+};
+REPARAM_INLINE Binary<float> binary(float x) {
+  const int32_t bits = bit_cast<int32_t>(x), e = (bits >> 23) - 127;
+  return {(float)e, bit_cast<float>(bits - (int32_t)((uint32_t)e << 23))};
+}
+REPARAM_INLINE Binary<double> binary(double x) {
+  const int64_t bits = bit_cast<int64_t>(x), e = (bits >> 52) - 1023;
+  return {(double)e, bit_cast<double>(bits - (int64_t)((uint64_t)e << 52))};
+}
+
 REPARAM_INLINE float expm1(float x) { return exp_half(2.f * x).d; }
 
 // f - log1p(f), without the cancellation near 0.

@@ -5,30 +5,10 @@
 #include <type_traits>
 
 #include "ops/latent_log_q.h"
+#include "ops/option_tags.h"
 
 namespace reparam {
 namespace {
-
-// ---- options as compile-time constants
-
-template <Param kValue>
-struct ParamTag {
-  static constexpr Param value = kValue;
-};
-template <bool kValue>
-struct Bool {
-  static constexpr bool value = kValue;
-};
-
-template <class Body>
-inline void dispatch_param(Param param, Body body) {
-  switch (param) {
-    case Param::logvar: return body(ParamTag<Param::logvar>());
-    case Param::logstd: return body(ParamTag<Param::logstd>());
-    case Param::std: return body(ParamTag<Param::std>());
-    case Param::softplus: return body(ParamTag<Param::softplus>());
-  }
-}
 
 // Calls body(param, prior).
 template <class Body>

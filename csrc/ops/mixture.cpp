@@ -10,15 +10,6 @@
 namespace reparam {
 namespace {
 
-template <bool kValue>
-struct Bool {
-  static constexpr bool value = kValue;
-};
-template <class Body>
-inline void with_bool(bool value, Body body) {
-  value ? body(Bool<true>()) : body(Bool<false>());
-}
-
 // The number of terms, for the choice of the number of threads: a term takes an eighth of the time of an element of
 // other ops.
 inline int64_t work(const MixtureArguments& a) {
@@ -40,11 +31,13 @@ inline void forward_as(const MixtureArguments& a, int threads) {
   int64_t taken = 0;
   with_bool(a.joint.data, [&](auto joint) {
     with_bool(a.dims.data, [&](auto dims) {
-      parallel_for(tiles, work(a), threads, [&](int64_t begin, int64_t end) {
-        const int64_t at = next_area(taken) * a.cols * kForwardTile;
-        for (int64_t tile = begin; tile < end; ++tile)
-          forward_tile<C, joint.value, dims.value>(a, components, tile,
-                                                   {z.data + at, maximum.data + at, sum.data + at});
+      with_bool(a.weights_by_item, [&](auto weights) {
+        parallel_for(tiles, work(a), threads, [&](int64_t begin, int64_t end) {
+          const int64_t at = next_area(taken) * a.cols * kForwardTile;
+          for (int64_t tile = begin; tile < end; ++tile)
+            forward_tile<C, joint.value, dims.value, weights.value>(a, components, tile,
+                                                                    {z.data + at, maximum.data + at, sum.data + at});
+        });
       });
     });
   });
@@ -57,19 +50,23 @@ inline void backward_as(const MixtureArguments& a, int threads) {
   const Partials<C> partials(a);
   const Points<C> points(a, partials.tiles, threads);
   const int64_t tasks = partials.component_chunks * partials.item_chunks, areas = scratch_areas(tasks, threads);
-  const int64_t area_of_terms = kBlock * kBackwardTile;
-  const Buffer<C> sums(areas, a.cols, kTaskNumbers), terms(areas, 3, area_of_terms);
+  constexpr int64_t kTerms = kBlock * kBackwardTile, kMasses = kBlock * kPack;
+  const Buffer<C> sums(areas, a.cols, kTaskNumbers), terms(areas, 4 * kTerms + kMasses);
   int64_t taken = 0;
   with_bool(a.joint.data, [&](auto joint) {
     with_bool(a.dims.data, [&](auto dims) {
       with_bool(a.dlog_weights.data, [&](auto weights) {
         parallel_for(tasks, work(a), threads, [&](int64_t begin, int64_t end) {
           const int64_t area = next_area(taken);
-          C* of_terms = terms.data + area * 3 * area_of_terms;
-          const Task<C> task = {sums.data + area * a.cols * kTaskNumbers, of_terms, of_terms + area_of_terms, nullptr};
+          C* const at = terms.data + area * (4 * kTerms + kMasses);
+          const Task<C> task = {sums.data + area * a.cols * kTaskNumbers,
+                                at,
+                                at + kTerms,
+                                at + 2 * kTerms,
+                                at + 3 * kTerms,
+                                at + 4 * kTerms};
           for (int64_t index = begin; index < end; ++index)
-            backward_task<C, joint.value, dims.value, weights.value>(a, components, points, partials, index, task,
-                                                                     of_terms + 2 * area_of_terms);
+            backward_task<C, joint.value, dims.value, weights.value>(a, components, points, partials, index, task);
         });
       });
     });

@@ -1,6 +1,7 @@
 // The components of a mixture and their weights, as the kernels read them.
 #pragma once
 #include "ops/mixture_layout.h"
+#include "ops/option_tags.h"
 
 namespace reparam {
 namespace {
@@ -18,17 +19,16 @@ constexpr C kSharpest = sizeof(C) == 4 ? C(3e38) : C(1e308);
 REPARAM_INLINE float inverse_exp(float x) { return exp_half(-2.f * x).sigma; }
 REPARAM_INLINE double inverse_exp(double x) { return __builtin_exp(-x); }
 
-template <class C>
-inline Scale<C> scale_of(const Constants<C>& c, Param param, C unclamped) {
+template <Param kParam, class C>
+REPARAM_INLINE Scale<C> scale_of(const Constants<C>& c, C unclamped) {
   C x = unclamped;
   if (c.clamped) x = x < c.low ? c.low : x > c.high ? c.high : x;  // keeps NaN
-  const bool inside = !c.clamped || (unclamped >= c.low && unclamped <= c.high);
   Scale<C> s;
-  if (param == Param::logvar || param == Param::logstd) {
-    s.slope = param == Param::logvar ? C(.5) : C(1);
+  if constexpr (kParam == Param::logvar || kParam == Param::logstd) {
+    s.slope = kParam == Param::logvar ? C(.5) : C(1);
     s.log_sigma = s.slope * x;
     s.inverse = inverse_exp(s.log_sigma);
-  } else if (param == Param::std) {
+  } else if constexpr (kParam == Param::std) {
     s = {log(x), 1 / x, 1 / x};
   } else {
     const Softplus<C> p = softplus(x);
@@ -36,54 +36,86 @@ inline Scale<C> scale_of(const Constants<C>& c, Param param, C unclamped) {
     const bool exponential = (c.min_std == 0) & (x < (sizeof(C) == 4 ? C(-17) : C(-37)));  // softplus(x) is exp(x)
     s = {exponential ? x : log(sigma), exponential ? inverse_exp(x) : 1 / sigma, exponential ? C(1) : p.slope / sigma};
   }
+  const bool inside = !c.clamped | ((unclamped >= c.low) & (unclamped <= c.high));
   s.slope = inside ? s.slope : C(0);
   return s;
 }
 
 // All components as the kernels read them: block by block and dim by dim, the fields of a block's components side by
-// side. The last block is filled with copies of the last component that count as 0.
+// side. The last block is filled up with components that count as 0.
 template <class C>
 struct Components {
   Buffer<C> fields;  // [blocks, D, kFields]
   Buffer<C> joint;   // [blocks, 2, kBlock]: the constant term of each whole event, in two words
+  // [D]: the largest constant term. For dims, the constant terms in `fields` and the logarithms of all terms are less
+  // by that, so that no term is above 1 unless points have weights of their own.
+  Buffer<C> largest;
 
   Components(const MixtureArguments& a, int threads)
-      : fields(divide_up(a.components, kBlock), a.cols, kFields), joint(divide_up(a.components, kBlock), 2 * kBlock) {
+      : fields(divide_up(a.components, kBlock), a.cols, kFields),
+        joint(divide_up(a.components, kBlock), 2 * kBlock),
+        largest(a.cols) {
     const int64_t blocks = divide_up(a.components, kBlock);
     const Constants<C> c(a.options);
     parallel_for(blocks, a.components * a.cols, threads, [&](int64_t first, int64_t last) {
-      for (int64_t n = first * kBlock; n < last * kBlock; ++n) fill(a, c, n);
+      dispatch_param(a.options.param, [&](auto param) {
+        for (int64_t block = first; block < last; ++block) fill<param.value>(a, c, block);
+      });
     });
+    for (int64_t d = 0; a.dims.data && d < a.cols; ++d) subtract_largest(fields.data + d * kFields, blocks, a.cols, d);
   }
   const C* block(int64_t index, int64_t cols) const { return fields.data + index * cols * kFields; }
 
  private:
-  void fill(const MixtureArguments& a, const Constants<C>& c, int64_t n) {
-    const bool excluded = n >= a.components;
-    const int64_t source = excluded ? a.components - 1 : n;
-    double weight = a.weights_by_item ? 0 : -__builtin_log((double)a.components);
-    C mu_s[kPiece] = {}, x_s[kPiece];
-    if (a.log_weights.data && !a.weights_by_item) weight = *load(a.log_weights, source, 1, mu_s);
-    double total = weight;
-    C* to = fields.data + n / kBlock * a.cols * kFields + n % kBlock;
-    for (int64_t at = 0; at < a.cols; at += kPiece) {
-      const int count = a.cols - at < kPiece ? (int)(a.cols - at) : kPiece;
-      const C* mu = load(a.mu, source * a.cols + at, count, mu_s);
-      const C* x = load(a.x, source * a.cols + at, count, x_s);
-      for (int i = 0; i < count; ++i, to += kFields) {
-        const Scale<C> s = scale_of(c, a.options.param, x[i]);
+  template <Param kParam>
+  void fill(const MixtureArguments& a, const Constants<C> c, int64_t block) {
+    static_assert(kBlock == kPack);
+    const int64_t first = block * kBlock;
+    const int count = a.components - first < kBlock ? (int)(a.components - first) : kBlock;
+    C* to = fields.data + block * a.cols * kFields;
+    load_columns(a.mu, a.components, a.cols, first, C(0), to, kFields);
+    load_columns(a.x, a.components, a.cols, first, C(1), to + kBlock, kFields);
+    double weights[kBlock], totals[kBlock];
+    C excluded[kBlock], weights_s[kBlock];
+    const C* given = nullptr;
+    if (a.log_weights.data && !a.weights_by_item) given = load(a.log_weights, first, count, weights_s);
+    const double each = a.weights_by_item ? 0 : -__builtin_log((double)a.components);
+    for (int k = 0; k < kBlock; ++k) {
+      totals[k] = weights[k] = given && k < count ? (double)given[k] : each;
+      excluded[k] = k < count ? C(0) : kExcluded<C>;
+    }
+    for (int64_t d = 0; d < a.cols; ++d, to += kFields) {
+#pragma omp simd
+      for (int k = 0; k < kBlock; ++k) {
+        const Scale<C> s = scale_of<kParam>(c, to[kBlock + k]);
         const double term = -(double)s.log_sigma - kHalfLog2Pi;
-        total += term;
-        to[0] = mu[i];
-        to[kBlock] = s.inverse > kSharpest<C> ? kSharpest<C> : s.inverse;  // keeps NaN
-        to[2 * kBlock] = excluded ? kExcluded<C> : (C)(kLog2e * (weight + term));
+        totals[k] += term;
+        const C inverse = s.inverse > kSharpest<C> ? kSharpest<C> : s.inverse;  // keeps NaN
+        to[kBlock + k] = fma(inverse, kRoot<C>, inverse * kRootRest<C>);
+        to[2 * kBlock + k] = excluded[k] < 0 ? kExcluded<C> : (C)(kLog2e * (weights[k] + term));
       }
     }
-    total *= kLog2e;
-    const bool none = excluded | (total < kLowest<C>);
-    C* constant = joint.data + n / kBlock * 2 * kBlock + n % kBlock;
-    constant[0] = none ? kExcluded<C> : (C)total;
-    constant[kBlock] = none ? C(0) : (C)(total - constant[0]);
+    C* const constant = joint.data + block * 2 * kBlock;
+    for (int k = 0; k < kBlock; ++k) {
+      const double total = kLog2e * totals[k];
+      const bool none = (k >= count) | (total < kLowest<C>);
+      constant[k] = none ? kExcluded<C> : (C)total;
+      constant[kBlock + k] = none ? C(0) : (C)(total - constant[k]);
+    }
+  }
+
+  void subtract_largest(C* fields_of_dim, int64_t blocks, int64_t cols, int64_t d) {
+    C* const constants = fields_of_dim + 2 * kBlock;
+    Pack<C> most(kLowest<C>);
+    for (int64_t i = 0; i < blocks; ++i) most = larger(load_pack(constants + i * cols * kFields), most);  // without NaN
+    C top = kLowest<C>, lanes[kPack];
+    store_pack(lanes, most);
+    for (C each : lanes) top = each > top ? each : top;
+    largest.data[d] = top = top > kFar<C> ? kFar<C> : top;
+    for (int64_t i = 0; i < blocks; ++i) {
+      C* const to = constants + i * cols * kFields;
+      store_pack(to, load_pack(to) - Pack<C>(top));
+    }
   }
 };
 

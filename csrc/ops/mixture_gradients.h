@@ -54,8 +54,11 @@ template <class C>
 struct Task {
   C* sums;          // [D, 2, kBlock, kPack]: of dmu and dlog sigma, over the points
   C* joint;         // [kBlock, kBackwardTile]: the joint part of each term's gradient
-  C* weight_grads;  // the same for the gradients to log-weights, or null
-  C* dz;            // [tiles, D, kBackwardTile]: the sum over the chunk's components
+  C* weight_grads;  // the same for the gradients to log-weights
+  C* terms;         // the same for the whole gradient of each term in one dim
+  C* item_weights;  // the same for the log-weights, if each point has its own
+  C* masses;        // [kBlock, kPack]: the sums of the terms' gradients over a tile's points
+  C* dz = nullptr;  // [tiles, D, kBackwardTile]: the sum over the chunk's components
 };
 
 constexpr int kTaskNumbers = 2 * kBlock * kPack;  // of Task::sums, to a dim
@@ -82,56 +85,82 @@ inline void joint_gradients(const MixtureArguments& a, const Components<C>& comp
   }
 }
 
-// Adds one dim of a block's gradients to the sums: dmu and dlog sigma over the points, dz over the components.
-template <class C, bool kJoint, bool kDims, bool kWeights>
-inline void gradients_of_dim(const MixtureArguments& a, const C* fields, const Points<C>& points, int64_t at, int packs,
-                             const C* item_weights, const Task<C>& task, C* sums, C* dz) {
-  constexpr int kGroup = kVectorBytes == 64 && sizeof(C) == 4 ? 4 : 2;
-  for (int g = 0; g < kBlock; g += kGroup) {
-    Pack<C> dmu[kGroup], dlog_sigma[kGroup];
-    C* const group = sums + g * kPack;
-#pragma GCC unroll 16
-    for (int k = 0; k < kGroup; ++k) {
-      dmu[k] = load_pack(group + k * kPack);
-      dlog_sigma[k] = load_pack(group + (kBlock + k) * kPack);
+// Computes the gradients of a block's terms in one dim, in task.terms: the joint part and that of the dim.
+template <class C, bool kJoint, bool kWeights>
+inline void gradients_of_terms(const C* fields, const Points<C>& points, int64_t at, int packs, bool item_weights,
+                               const Task<C>& task) {
+  constexpr int kLanes = kVectorLanes<C>;
+  typedef Pack<C, 4 * kLanes> Quad;  // four components
+  for (int k = 0; k < kBlock; k += 4) {
+    const Quad mu = spread<4>(fields + k), inverse = spread<4>(fields + kBlock + k),
+               constant = spread<4>(fields + 2 * kBlock + k);
+    for (int lane = 0; lane < packs * kPack; lane += kLanes) {
+      const auto of_point = [&](const Buffer<C>& t) { return repeat<4>(load_pack<kLanes>(t.data + at + lane)); };
+      const Quad e = (of_point(points.z) - mu) * inverse;
+      const int term = k * kBackwardTile + lane;
+      Quad log_term = constant - e * e;
+      if (item_weights) log_term = log_term + load_rows<4>(task.item_weights + term, kBackwardTile);
+      Quad grad =
+          exp2((log_term - of_point(points.dims_maximum)) - of_point(points.dims_log)) * of_point(points.dims_grad);
+      if constexpr (kWeights) {
+        C* const to = task.weight_grads + term;
+        store_rows<4>(to, kBackwardTile, load_rows<4>(to, kBackwardTile) + grad);
+      }
+      if constexpr (kJoint) grad = load_rows<4>(task.joint + term, kBackwardTile) + grad;
+      store_rows<4>(task.terms + term, kBackwardTile, grad);
     }
-    for (int p = 0; p < packs; ++p) {
-      const int64_t lane = at + p * kPack;
-      const Pack<C> z = load_pack(points.z.data + lane);
-      Pack<C> dz_part(C(0)), maximum(C(0)), log_sum(C(0)), grad(C(0));
-      if constexpr (kDims) {
-        maximum = load_pack(points.dims_maximum.data + lane);
-        log_sum = load_pack(points.dims_log.data + lane);
-        grad = load_pack(points.dims_grad.data + lane);
+  }
+}
+
+// Adds up the gradients of a block's terms over a tile's points.
+template <class C>
+inline void add_masses(const C* terms, int packs, C* masses) {
+  for (int k = 0; k < kBlock; ++k) {
+    Pack<C> mass(C(0));
+    for (int p = 0; p < packs; ++p) mass = mass + load_pack(terms + k * kBackwardTile + p * kPack);
+    store_pack(masses + k * kPack, mass);
+  }
+}
+
+// Adds the gradients of a block's terms in one dim to the sums: dmu sigma and dlog sigma over the points, dz over the
+// components, each times kSquare. One vector of points at a time, so that the sums of four components fit in registers.
+// If fresh, the sums over the points start here. The terms' gradients times e^2 are added for a tile alone before their
+// sum times kSquare is subtracted, so that the difference of the two is as accurate as the sum of the differences.
+template <class C>
+inline void add_gradients(const C* fields, const C* z, int packs, const C* terms, const C* masses, bool fresh, C* sums,
+                          C* dz) {
+  constexpr int kGroup = 4, kLanes = kVectorLanes<C>;
+  typedef Pack<C, kLanes> Vector;
+  for (int g = 0; g < kBlock; g += kGroup) {
+    for (int v = 0; v < kPack; v += kLanes) {
+      Vector dmu[kGroup], squares[kGroup];
+      C* const group = sums + g * kPack + v;
+#pragma GCC unroll 16
+      for (int k = 0; k < kGroup; ++k) {
+        dmu[k] = fresh ? Vector(C(0)) : load_pack<kLanes>(group + k * kPack);
+        squares[k] = Vector(C(0));
+      }
+      for (int lane = v; lane < packs * kPack; lane += kPack) {
+        const Vector at = load_pack<kLanes>(z + lane);
+        Vector dz_part;
+#pragma GCC unroll 16
+        for (int k = 0; k < kGroup; ++k) {
+          const Vector inverse(fields[kBlock + g + k]), e = (at - Vector(fields[g + k])) * inverse;
+          const Vector grad = load_pack<kLanes>(terms + (g + k) * kBackwardTile + lane), slope = grad * e;
+          dmu[k] = dmu[k] + slope;
+          squares[k] = fma(slope, e, squares[k]);
+          dz_part = k == 0 ? slope * inverse : fma(slope, inverse, dz_part);
+        }
+        store_pack(dz + lane, load_pack<kLanes>(dz + lane) + dz_part);
       }
 #pragma GCC unroll 16
       for (int k = 0; k < kGroup; ++k) {
-        const Pack<C> inverse(fields[kBlock + g + k]), e = (z - Pack<C>(fields[g + k])) * inverse;
-        const int term = (g + k) * kBackwardTile + p * kPack;
-        Pack<C> total(C(0)), excess;
-        if constexpr (kJoint) total = load_pack(task.joint + term);
-        if constexpr (kDims) {
-          const Pack<C> square = e * e;
-          Pack<C> log_term = fma(square, Pack<C>(kHalf<C>), Pack<C>(fields[2 * kBlock + g + k]));
-          if (item_weights) log_term = log_term + load_pack(item_weights + term);
-          const Pack<C> own = exp2((log_term - maximum) - log_sum) * grad;
-          if constexpr (kWeights) store_pack(task.weight_grads + term, load_pack(task.weight_grads + term) + own);
-          total = kJoint ? total + own : own;
-          excess = square - Pack<C>(C(1));
-        } else {
-          excess = fma(e, e, Pack<C>(C(-1)));
-        }
-        const Pack<C> slope = total * e;
-        dmu[k] = dmu[k] + slope;
-        dlog_sigma[k] = fma(total, excess, dlog_sigma[k]);
-        dz_part = fma(slope, inverse, dz_part);
+        C* const dlog_sigma = group + (kBlock + k) * kPack;
+        const Vector mass = load_pack<kLanes>(masses + (g + k) * kPack + v);
+        store_pack(group + k * kPack, dmu[k]);
+        const Vector added = fma(mass, Vector(-kSquare<C>), squares[k]);
+        store_pack(dlog_sigma, fresh ? added : load_pack<kLanes>(dlog_sigma) + added);
       }
-      store_pack(dz + p * kPack, load_pack(dz + p * kPack) + dz_part);
-    }
-#pragma GCC unroll 16
-    for (int k = 0; k < kGroup; ++k) {
-      store_pack(group + k * kPack, dmu[k]);
-      store_pack(group + (kBlock + k) * kPack, dlog_sigma[k]);
     }
   }
 }

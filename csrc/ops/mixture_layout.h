@@ -8,12 +8,22 @@ namespace reparam {
 namespace {
 
 constexpr int kBlock = 16;  // components of a block
-// The numbers of one dim of a block: mu, 1 / sigma and the constant term, each of 16 components.
+// The numbers of one dim of a block: mu, kRoot / sigma and the constant term, each of 16 components.
 constexpr int kFields = 3 * kBlock;
 constexpr int kForwardTile = 64, kBackwardTile = 128;  // points
 constexpr int kPiece = 64;                             // dims that are copied at a time
 
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453, kHalfLog2Pi = 0.9189385332046727;
+
+// The kernels have e = (z - mu) kRoot / sigma. kRoot + kRootRest is sqrt(log2(e) / 2), so that the logarithm of a term
+// is its constant less e^2. kSquare is the square of kRoot.
+constexpr double kExactRoot = 0.84932180028801904;
+template <class C>
+constexpr C kRoot = (C)kExactRoot;
+template <class C>
+constexpr C kRootRest = (C)(kExactRoot - (double)kRoot<C>);
+template <class C>
+constexpr C kSquare = (C)(.5 * kLog2e);
 
 // Stand-ins for infinity, so that differences are never NaN. Terms below kLowest count as 0. A sum of squares beyond
 // kFar becomes 2 kFar, whose term is below kLowest, as are the terms of components with kExcluded.
@@ -66,8 +76,13 @@ inline void load_columns(const Operand& t, int64_t items, int64_t cols, int64_t 
         for (int i = 0; i < n; ++i) buffer[lane][i] = fill;
       }
     }
-    for (int i = 0; i < n; ++i) {
-      for (int lane = 0; lane < kPack; ++lane) to[(at + i) * stride + lane] = rows[lane][i];
+    int done = 0;
+    for (; done + 4 <= n; done += 4) {
+      for (int lane = 0; lane < kPack; lane += 4)
+        transpose(rows + lane, done, to + (at + done) * stride + lane, stride);
+    }
+    for (; done < n; ++done) {
+      for (int lane = 0; lane < kPack; ++lane) to[(at + done) * stride + lane] = rows[lane][done];
     }
   }
 }

@@ -7,12 +7,6 @@ namespace {
 
 constexpr int kPlainDims = 8;  // dims whose squares are added without compensation
 
-// The logarithm of a term is c + kHalf e^2, where kHalf + kHalfRest = -log2(e) / 2.
-template <class C>
-constexpr C kHalf = (C)(-.5 * kLog2e);
-template <class C>
-constexpr C kHalfRest = (C)(-.5 * kLog2e - (double)kHalf<C>);
-
 // Below -kPrecise a term is held in one word: the second would be too large for exp2.
 template <class C>
 constexpr C kPrecise = sizeof(C) == 4 ? C(1LL << 30) : C(1LL << 59);
@@ -45,7 +39,7 @@ REPARAM_INLINE TwoWords<C> normalized(TwoWords<C> sum) {
   return {top, where_above(-top, kPrecise<C>, Pack<C>(C(0)), rest)};
 }
 
-// The sums over the dims of e^2, e = (z - mu) / sigma, for a pack of points and each component of a block.
+// The sums over the dims of e^2, for a pack of points and each component of a block.
 template <class C>
 inline void sum_squares(const C* block, const C* z, int64_t stride, int64_t cols, TwoWords<C>* squares) {
   constexpr int kGroup = kVectorBytes == 64 && sizeof(C) == 4 ? kBlock : kBlock / 4;  // as many as registers hold
@@ -79,12 +73,9 @@ inline void joint_terms(const C* constants, const C* weights, TwoWords<C>* terms
   for (int k = 0; k < kBlock; ++k) {
     Pack<C> squares = terms[k].top, rest = where_above(squares, kFar<C>, Pack<C>(C(0)), terms[k].rest);
     squares = where_above(squares, kFar<C>, Pack<C>(2 * kFar<C>), squares);
-    const Pack<C> half(kHalf<C>), product = squares * half;
-    rest = fma(rest, half, fma(squares, Pack<C>(kHalfRest<C>), fma(squares, half, -product)));
-    rest = rest + Pack<C>(constants[kBlock + k]);
-    TwoWords<C> sum = {Pack<C>(constants[k]), rest};
+    TwoWords<C> sum = {Pack<C>(constants[k]), Pack<C>(constants[kBlock + k]) - rest};
     if (weights) sum = two_sum(sum, load_pack(weights + k * kPack));
-    terms[k] = normalized(two_sum(sum, product));
+    terms[k] = normalized(two_sum(sum, -squares));
   }
 }
 
