@@ -107,6 +107,10 @@ def sigma_of(param, x, min_std):
     return (x, np.ones_like(x)) if rate is None else (np.exp(rate * x), rate * np.exp(rate * x))
 
 
+def log_slope_of_tanh(u):
+    return 2 * (np.log(2) - np.abs(u) - np.log1p(np.exp(-2 * np.abs(u))))
+
+
 class Call:
     """A random valid call, with the results that it must give."""
 
@@ -130,14 +134,19 @@ class Call:
         param = str(rng.choice(PARAMS))
         min_std, clamp = 0.01 * (param == "softplus" and flip()), (0.75, 1.25) if flip() else None
         low, high = clamp or (0.0, 0.0)
-        self.options = module.Options(getattr(module.Param, param), min_std, clamp is not None, low, high)
 
         def draw(size, low=-2):
             return rng.uniform(low, 2, size)
 
         given, z, prior = flip(), flip(), flip()
-        kl = not z or flip()
+        density = z and flip()
+        kl = not z or (not density and flip())
+        ratio, path = density and flip(), density and flip()
+        tanh = density and not ratio and flip()
         event = int(rng.integers(len(shape) + 1))
+        self.options = module.Options(
+            getattr(module.Param, param), min_std, clamp is not None, low, high, event, ratio, tanh, path
+        )
         rows = shape[: len(shape) - event]
         mu, x = any_layout(rng, draw(shape), dtype), any_layout(rng, draw(shape, 0.5), dtype)
         prior_dtype = sums if flip() else dtype
@@ -149,6 +158,7 @@ class Call:
             any_layout(rng, draw(samples + shape), dtype) if z else None,
             any_layout(rng, draw(rows), sums) if kl else None,
         )
+        dlog_q = any_layout(rng, draw(samples + rows), sums) if density else None
 
         m, raw = mu.values(), x.values()
         at = raw if clamp is None else raw.clip(*clamp)
@@ -157,30 +167,65 @@ class Call:
         s_p, slope_p = sigma_of(param, x_p.values(), min_std) if prior else (1.0, 0.0)
         e = eps.values() if eps else self.noise(seeds, samples, shape)
         delta = (m - m_p) / s_p
+        u = m + s * e
+        v, squashed = (u - m_p) / s_p, np.tanh(u)
         if self.op == "forward":
             out_z, out_kl = unwritten(samples + shape, dtype) if z else None, unwritten(rows, sums) if kl else None
             each = 0.5 * (s / s_p) ** 2 + 0.5 * delta**2 - 0.5 - np.log(s / s_p)
             total = each.reshape(*rows, -1).sum(-1) if each.size else np.zeros(rows)
-            self.tensors = [mu, x, mu_p, x_p, seed, eps, out_z, out_kl, None]
-            self.wanted = [(out_z, m + s * e, 1), (out_kl, total, math.prod(shape[len(rows) :]))]
+            out_q = unwritten(samples + rows, sums) if density else None
+            terms = [-(e**2) / 2, -np.log(s), -np.log(2 * np.pi) / 2]
+            terms += [v**2 / 2, np.log(s_p), np.log(2 * np.pi) / 2] if ratio else []
+            terms += [-log_slope_of_tanh(u)] if tanh else []
+            dims = tuple(range(-event, 0))
+            log_q = sum(terms) + np.zeros(samples + shape)
+            size = sum(map(abs, terms)) + np.zeros(samples + shape)
+            self.tensors = [mu, x, mu_p, x_p, seed, eps, out_z, out_kl, out_q]
+            self.wanted = [(out_z, squashed if tanh else u, 1), (out_kl, total, math.prod(shape[len(rows) :]))]
+            self.wanted += [(out_q, log_q.sum(dims), size.sum(dims))]
         else:
             lead = tuple(range(len(samples)))
             g = dz.values() if z else np.zeros(shape)
             k = (dkl.values() if kl else np.zeros(rows)).reshape(rows + (1,) * event)
+            q = (dlog_q.values() if density else np.zeros(samples + rows)).reshape(samples + rows + (1,) * event)
+            size = 1 + np.abs(q * v / s_p) * (1 + np.abs(v)) / s_p + np.abs(q * e) * (1 + np.abs(e)) / s + np.abs(q) / s
+            if tanh:
+                g = g * np.exp(log_slope_of_tanh(u)) + 2 * q * squashed
+            if ratio:
+                g = g + q * v / s_p
+            if path:
+                g = g - q * e / s
             d_s = (g * e).sum(lead) if z else np.zeros(shape)
             g = g.sum(lead) if z else g
+            if density and not path:
+                d_s = d_s - (q / s).sum(lead)
             width = shape[-1] if shape else 1
             part = [slice(None), slice(width), slice(width, None), slice(None, None, 2)][rng.integers(4)]
             outs = [unwritten(shape, t, part) if flip() else None for t in (dtype, dtype)]
-            outs += [unwritten(shape, t, part) if prior and kl and flip() else None for t in (prior_dtype, prior_dtype)]
+            outs += [
+                unwritten(shape, t, part) if prior and (kl or density) and flip() else None
+                for t in (prior_dtype, prior_dtype)
+            ]
             inside = 1.0 if clamp is None else (raw >= clamp[0]) & (raw <= clamp[1])
             d_x = (d_s + k * (s / s_p**2 - 1 / s)) * slope * inside
             d_p = k * (1 - (s / s_p) ** 2 - delta**2) / s_p * slope_p
-            values = [g + k * delta / s_p, d_x, -k * delta / s_p, d_p]
-            self.tensors = [mu, x, mu_p, x_p, seed, eps, dz, dkl, None, *outs]
+            d_m_p = -k * delta / s_p
+            if ratio:
+                d_m_p = d_m_p - (q * v / s_p).sum(lead)
+                d_p = d_p + (q * (1 - v**2) / s_p * slope_p).sum(lead)
+            values = [g + k * delta / s_p, d_x, d_m_p, d_p]
+            self.tensors = [mu, x, mu_p, x_p, seed, eps, dz, dkl, dlog_q, *outs]
             scale = 8 * max(1, math.prod(samples))
+            if density:
+                scale = scale * np.broadcast_to(size, samples + shape).max(lead, initial=1)
             self.wanted = [(out, value, scale) for out, value in zip(outs, values, strict=True)]
         self.wanted = [w for w in self.wanted if w[0] is not None]
+
+    def call(self, module):
+        if self.op == "randn":
+            module.randn(*self.tensors, self.threads)
+        else:
+            getattr(module, f"latent_{self.op}")(self.options, self.threads, *self.tensors)
 
     @staticmethod
     def noise(seeds, samples, shape):
@@ -195,10 +240,7 @@ class Call:
         inputs = [t for t in self.tensors if t is not None and id(t) not in outputs]
         before = [t.array.tobytes() for t in inputs]
         try:
-            if self.op == "randn":
-                module.randn(*self.tensors, self.threads)
-            else:
-                getattr(module, f"latent_{self.op}")(self.options, self.threads, *self.tensors)
+            self.call(module)
         finally:
             assert before == [t.array.tobytes() for t in inputs], "an input was written"
 
@@ -221,14 +263,79 @@ class Call:
             error = np.abs(out.values() - want)
             allowed = 4 * ROUNDING[out.dtype] * np.abs(want) + 64 * inner * terms
             allowed += 2.0**-25 * (out.dtype == "float16")  # subnormal
-            assert (error <= allowed).all(), (self.op, out.dtype, out.array.shape, np.nanmax(error - allowed))
+            assert (error <= allowed).all(), (
+                type(self).__name__,
+                self.op,
+                out.dtype,
+                out.array.shape,
+                np.nanmax(error - allowed),
+            )
+
+
+class MixtureCall(Call):
+    """A random valid call of the mixture op. Backward starts from what forward saved."""
+
+    def __init__(self, rng, module):
+        def flip():
+            return bool(rng.integers(2))
+
+        def draw(size, low=-2):
+            return any_layout(rng, rng.uniform(low, 2, size), dtype)
+
+        self.op = rng.choice(["forward", "backward"])
+        self.threads = int(rng.integers(-1, 4))
+        dtype = str(rng.choice([*ROUNDING]))
+        sums = "float64" if dtype == "float64" else "float32"
+        b, n, d = (int(rng.choice(sizes)) for sizes in ((0, 1, 16, 37, 130), (1, 16, 33, 150), (0, 1, 7, 20)))
+        param = str(rng.choice(PARAMS))
+        min_std = 0.01 * (param == "softplus" and flip())
+        self.options = module.Options(getattr(module.Param, param), min_std, False, 0.0, 0.0)
+        z, mu, x = draw((b, d)), draw((n, d)), draw((n, d), 0.5)
+        kind = rng.choice(["none", "component", "item"])
+        weights = (
+            None if kind == "none" else any_layout(rng, rng.normal(size=(n,) if kind == "component" else (b, n)), sums)
+        )
+        joint, dims = ((True, False), (False, True), (True, True))[rng.integers(3)]
+
+        s, slope = sigma_of(param, x.values(), min_std)
+        w = np.full((1, n), -np.log(n)) if weights is None else weights.values().reshape(-1, n)
+        e = (z.values()[:, None] - mu.values()) / s
+        each = -(e**2) / 2 - np.log(s) - np.log(2 * np.pi) / 2
+        whole = w + each.sum(-1)
+        alone = w[..., None] + each
+        joint_value, dims_value = np.logaddexp.reduce(whole, 1), np.logaddexp.reduce(alone, 1)
+        out_joint, out_dims = (unwritten((b,), sums) if joint else None, unwritten((b, d), sums) if dims else None)
+        saved = [unwritten((2, *out.shape), sums) if out else None for out in (out_joint, out_dims)]
+        inputs = [z, mu, x, weights]
+        size = 1 + d + np.abs(joint_value)
+        if self.op == "forward":
+            self.tensors = [*inputs, out_joint, out_dims, None, None]
+            self.wanted = [(out_joint, joint_value, size), (out_dims, dims_value, 1 + np.abs(dims_value))]
+        else:
+            module.mixture_forward(self.options, 1, *inputs, out_joint, out_dims, *saved)
+            g, h = any_layout(rng, rng.uniform(-2, 2, b), sums), any_layout(rng, rng.uniform(-2, 2, (b, d)), sums)
+            grads = g.values()[:, None, None] * np.exp(whole - joint_value[:, None])[..., None] * joint
+            grads = grads + h.values()[:, None] * np.exp(alone - dims_value[:, None]) * dims
+            by_item = (g.values()[:, None] * np.exp(whole - joint_value[:, None])) * joint
+            by_item = by_item + (h.values()[:, None] * np.exp(alone - dims_value[:, None]) * dims).sum(-1)
+            values = [-(grads * e / s).sum(1), (grads * e / s).sum(0), (grads * (e**2 - 1)).sum(0) / s * slope]
+            values.append(by_item.sum(0) if kind == "component" else by_item)
+            outs = [unwritten(v.shape, t) for v, t in zip(values, (dtype, dtype, dtype, sums), strict=True)]
+            outs = [out if flip() and (i < 3 or weights) else None for i, out in enumerate(outs)]
+            self.tensors = [*inputs, g if joint else None, h if dims else None, *saved, *outs]
+            scale = 16 * max(n, b, 1) * (1 + np.max(np.abs(each), initial=0))
+            self.wanted = [(out, value, scale) for out, value in zip(outs, values, strict=True)]
+        self.wanted = [want for want in self.wanted if want[0] is not None]
+
+    def call(self, module):
+        getattr(module, f"mixture_{self.op}")(self.options, self.threads, *self.tensors)
 
 
 def main(path, calls, seed):
     module, rng = load(path), np.random.default_rng(seed)
     assert "torch" not in sys.modules
     for _ in range(calls):
-        Call(rng, module).check(module)
+        (MixtureCall if rng.integers(4) == 0 else Call)(rng, module).check(module)
     print(f"{calls * len(module.available_isas())} calls")
 
 

@@ -203,6 +203,14 @@ def test_the_monte_carlo_kl_near_collapse_keeps_its_digits(backend, param):
     assert (kl - want).abs().max() <= 2e-6 * want.abs().max()
 
 
+def test_the_log_density_at_the_ends_of_float32(backend):
+    std = torch.tensor([1e-45, 1e-38, 1.1e-38, 1.1e38, 1.3e38, 2e38, 2.5e38, 3.3e38])
+    eps = torch.linspace(-0.9, 0.9, len(std))
+    _, log_q = rk.reparameterize_log_prob(torch.zeros_like(std), std, param="std", eps=eps, event_ndim=0)
+    want = -(eps.double() ** 2) / 2 - std.double().log() - 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(log_q.double(), want, rtol=3e-7, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_saturated_tanh_gives_no_infinity_and_no_nan(backend, dtype):
     mu = torch.tensor([[-1000.0, -50.0, -9.0, 0.0, 9.0, 50.0, 1000.0]], dtype=dtype).requires_grad_()

@@ -86,10 +86,23 @@ REPARAM_INLINE float log1p(float w) { return log1p(split(1.f + w, w)); }  // w >
 REPARAM_INLINE float log(float u) {
   const bool tiny = u < 0x1p-126f;
   const float v = tiny ? u * 0x1p24f : u;
-  Split s = split(v, v - 1.f);
-  s.h = fma(v, bit_cast<float>((uint32_t)(127 - (int32_t)s.e) << 23), -1.f);
-  s.e -= tiny ? 24.f : 0.f;
+  const int32_t bits = bit_cast<int32_t>(v), e = (int32_t)((uint32_t)bits - 0x3f3504f3u) >> 23;
+  const Split s = {(float)e - (tiny ? 24.f : 0.f), bit_cast<float>(bits - (int32_t)((uint32_t)e << 23)) - 1.f};
   return u > 0.f ? (u < kInf ? log1p(s) : u) : (u == 0.f ? -kInf : kNan);
+}
+
+// A positive number as 2^exponent mantissa, the mantissa in [1, 2).
+template <class C>
+struct Binary {
+  C exponent, mantissa;
+};
+REPARAM_INLINE Binary<float> binary(float x) {
+  const int32_t bits = bit_cast<int32_t>(x), e = (bits >> 23) - 127;
+  return {(float)e, bit_cast<float>(bits - (int32_t)((uint32_t)e << 23))};
+}
+REPARAM_INLINE Binary<double> binary(double x) {
+  const int64_t bits = bit_cast<int64_t>(x), e = (bits >> 52) - 1023;
+  return {(double)e, bit_cast<double>(bits - (int64_t)((uint64_t)e << 52))};
 }
 
 REPARAM_INLINE float expm1(float x) { return exp_half(2.f * x).d; }

@@ -31,6 +31,12 @@ struct Element {
 REPARAM_INLINE float slope_at(float g, float slope) { return g == 0 ? __builtin_copysignf(0, slope) : slope; }
 REPARAM_INLINE double slope_at(double g, double slope) { return g == 0 ? __builtin_copysign(0, slope) : slope; }
 
+// The factor of the gradient g in a product: the slope, or if kZeros slope_at, which is needed only where a g may be 0.
+template <bool kZeros, class C>
+REPARAM_INLINE C factor(C g, C slope) {
+  return kZeros ? slope_at(g, slope) : slope;
+}
+
 // Options in the type of the arithmetic, and constants derived from them.
 template <class C>
 struct Constants {

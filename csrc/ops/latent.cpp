@@ -5,30 +5,10 @@
 #include <type_traits>
 
 #include "ops/latent_log_q.h"
+#include "ops/option_tags.h"
 
 namespace reparam {
 namespace {
-
-// ---- options as compile-time constants
-
-template <Param kValue>
-struct ParamTag {
-  static constexpr Param value = kValue;
-};
-template <bool kValue>
-struct Bool {
-  static constexpr bool value = kValue;
-};
-
-template <class Body>
-inline void dispatch_param(Param param, Body body) {
-  switch (param) {
-    case Param::logvar: return body(ParamTag<Param::logvar>());
-    case Param::logstd: return body(ParamTag<Param::logstd>());
-    case Param::std: return body(ParamTag<Param::std>());
-    case Param::softplus: return body(ParamTag<Param::softplus>());
-  }
-}
 
 // Calls body(param, prior).
 template <class Body>
@@ -111,11 +91,12 @@ struct Partials {
   double *kl = nullptr, *log_q = nullptr;  // [chunks], [samples, chunks]
 };
 
-template <class C>
+template <class C, Pass kPass>
 inline void fill_densities(const LatentArguments& a, const Constants<C>& c, int n, const Inputs<C>& in, bool inverse,
                            DensityArrays<C>& e) {
   const auto fill = [&](auto param, auto prior, auto ratio, auto with_inverse) {
-    e.template fill<param.value, prior.value, ratio.value, with_inverse.value>(c, n, in.mu, in.x, in.mu_p, in.x_p);
+    e.template fill<kPass, param.value, prior.value, ratio.value, with_inverse.value>(c, n, in.mu, in.x, in.mu_p,
+                                                                                      in.x_p);
   };
   if (a.options.minus_log_p)
     dispatch_options(a, [&](auto param, auto prior) { fill(param, prior, Bool<true>(), Bool<true>()); });
@@ -131,18 +112,16 @@ inline void forward_densities(const LatentArguments& a, const Constants<C>& c, c
                               int64_t first, int n, const Inputs<C>& in, Partials partials) {
   DensityArrays<C> e;
   Scratch<C> eps_s, z_s, terms;
-  fill_densities(a, c, n, in, false, e);
+  fill_densities<C, Pass::forward>(a, c, n, in, false, e);
   for (int64_t sample = 0; sample < a.samples; ++sample) {
     const C* eps = load_or_make_eps(a.eps, sample, first, n, eps_s);
     C* z = target(a.z, sample * a.n + first, z_s.data);
-#pragma omp simd
-    for (int i = 0; i < n; ++i) z[i] = fma(e.sigma.data[i], eps[i], in.mu[i]);
     if (a.options.minus_log_p)
-      log_q_terms<C, true, false>(e, n, eps, z, terms.data);
+      log_q_terms<C, true, false>(e, n, in.mu, eps, z, terms.data);
     else if (a.options.tanh)
-      log_q_terms<C, false, true>(e, n, eps, z, terms.data);
+      log_q_terms<C, false, true>(e, n, in.mu, eps, z, terms.data);
     else
-      log_q_terms<C, false, false>(e, n, eps, z, terms.data);
+      log_q_terms<C, false, false>(e, n, in.mu, eps, z, terms.data);
     store(a.z, sample * a.n + first, n, z);
     if (a.log_q.data)
       store_sums(a, chunks, chunk, first, n, terms.data, (C*)a.log_q.data + sample * a.rows,
@@ -175,18 +154,20 @@ inline void forward_chunk(const LatentArguments& a, const Constants<C>& c, const
 
 // ---- backward
 
-// The factor of the gradient g in a product: the slope, or if kZeros slope_at, which is needed only where a g may be 0.
-template <bool kZeros, class C>
-REPARAM_INLINE C factor(C g, C slope) {
-  return kZeros ? slope_at(g, slope) : slope;
-}
-
 // All ones if x is 0 or NaN, in the width of x, which vectorises without conversions.
 template <class C>
 using Mask = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
 template <class C>
 REPARAM_INLINE Mask<C> zero_or_nan(C x) {
   return __builtin_islessgreater(x, C(0)) ? 0 : -1;
+}
+
+template <class C>
+inline bool any_zero_or_nan(int n, const C* x) {
+  Mask<C> found = 0;
+#pragma omp simd reduction(| : found)
+  for (int i = 0; i < n; ++i) found |= zero_or_nan(x[i]);
+  return found != 0;
 }
 
 // Repeats each row's number for those of elements [first, first + n) that lie in the row.
@@ -216,9 +197,9 @@ struct UpstreamGrads {
     if (a.dkl.data) expand_rows(a, first, n);
   }
 
-  // Returns true if some dsigma is 0 or NaN.
+  // Returns true if some dsigma is 0 or NaN. Inlined, so that the compiler sees that no output overlaps an input.
   template <bool kZeros>
-  inline bool sum_samples(const LatentArguments& a, int64_t first, int n) {
+  REPARAM_INLINE bool sum_samples(const LatentArguments& a, int64_t first, int n) {
     Scratch<C> sample_s, eps_s;
     dz = load(a.dz, first, n, dz_s.data);
     const C* eps = load_or_make_eps(a.eps, 0, first, n, eps_s);
@@ -250,10 +231,7 @@ struct UpstreamGrads {
     Scratch<C> row_s;
     const int rows = (int)((first + n - 1) / a.cols - first / a.cols) + 1;
     const C* row = load(a.dkl, first / a.cols, rows, a.cols == 1 ? dkl_s.data : row_s.data);
-    Mask<C> found = 0;
-#pragma omp simd reduction(| : found)
-    for (int r = 0; r < rows; ++r) found |= zero_or_nan(row[r]);
-    zeros |= found != 0;
+    zeros |= any_zero_or_nan(rows, row);
     dkl = a.cols == 1 ? row : dkl_s.data;
     if (a.cols > 1) repeat_rows(row, rows, a.cols, first, n, dkl_s.data);
   }
@@ -299,39 +277,91 @@ inline void gradients(const Constants<C> c, int n, const Inputs<C>& in, const Up
   }
 }
 
+// The incoming gradients of log_q, of one sample and the rows that a chunk has a part of.
+template <class C>
+struct RowGrads {
+  const int rows;
+  Scratch<C> row_s;
+
+  inline RowGrads(const LatentArguments& a, int64_t first, int n)
+      : rows((int)((first + n - 1) / a.cols - first / a.cols) + 1) {}
+  inline const C* of(const LatentArguments& a, int64_t sample, int64_t first) {
+    return load(a.dlog_q, sample * a.rows + first / a.cols, rows, row_s.data);
+  }
+};
+
+// Computes the gradients of z and log_q where log_q is that of a Gaussian: its gradient reaches log sigma alone.
+template <class C>
+inline void backward_log_q(const LatentArguments& a, const Constants<C> c, int64_t first, int n, const Inputs<C>& in,
+                           C* __restrict dmu, C* __restrict dx) {
+  const UpstreamGrads<C> g(a, first, n);
+  RowGrads<C> dlog_q(a, first, n);
+  Scratch<C> of_rows, dlog_sigma, none;
+  for (int i = 0; i < dlog_q.rows; ++i) of_rows.data[i] = 0;
+  for (int64_t sample = 0; sample < a.samples; ++sample) {
+    const C* row = dlog_q.of(a, sample, first);
+#pragma omp simd
+    for (int i = 0; i < dlog_q.rows; ++i) of_rows.data[i] -= row[i];
+  }
+  repeat_rows(of_rows.data, dlog_q.rows, a.cols, first, n, dlog_sigma.data);
+  const C *dz = g.dz, *dsigma = g.dsigma, *mu = in.mu, *x = in.x;
+  if (!dz) {
+    for (int i = 0; i < n; ++i) none.data[i] = 0;
+    dz = dsigma = none.data;
+  }
+  const bool zeros = g.zeros || !g.dz || any_zero_or_nan(dlog_q.rows, of_rows.data);
+  dispatch_param(a.options.param, [&](auto param) {
+    const auto run = [&](auto with_zeros) {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) {
+        const Densities<C> e = densities<param.value, false>(c, mu[i], x[i], C(0), C(0));
+        const C s = dsigma[i] + C(0), l = dlog_sigma.data[i];  // a sum that starts at 0 is never -0
+        dmu[i] = dz[i] + C(0);
+        dx[i] = fma(s, factor<with_zeros.value>(s, e.dsigma), l * factor<with_zeros.value>(l, e.slope));
+      }
+    };
+    with_bool(zeros, run);
+  });
+}
+
 // Computes the gradients of z and log_q by way of the densities.
 template <class C>
 inline void backward_densities(const LatentArguments& a, const Constants<C>& c, int64_t first, int n,
                                const Inputs<C>& in, C* dmu, C* dx, C* dmu_p, C* dx_p) {
+  const Options& o = a.options;
   DensityArrays<C> e;
-  Scratch<C> eps_s, dz_s, row_s, dlog_q_s;
-  fill_densities(a, c, n, in, a.options.path_derivative, e);
-  LogQGrads<C> sums(n);
-  const int rows = (int)((first + n - 1) / a.cols - first / a.cols) + 1;
-  for (int i = 0; i < n; ++i) dz_s.data[i] = dlog_q_s.data[i] = 0;  // where there is no incoming gradient
+  RowGrads<C> dlog_q(a, first, n);
+  Scratch<C> eps_s, dz_s, dlog_q_s;
+  fill_densities<C, Pass::backward>(a, c, n, in, o.path_derivative, e);
+  LogQGrads<C> sums(n, o.minus_log_p);
+  for (int i = 0; !a.dz.data && i < n; ++i) dz_s.data[i] = 0;
+  for (int i = 0; !a.dlog_q.data && i < n; ++i) dlog_q_s.data[i] = 0;
   for (int64_t sample = 0; sample < a.samples; ++sample) {
     const C* eps = load_or_make_eps(a.eps, sample, first, n, eps_s);
-    const C *dz = dz_s.data, *dlog_q = dlog_q_s.data;
+    const C* dz = dz_s.data;
     if (a.dz.data) dz = load(a.dz, sample * a.n + first, n, dz_s.data);
+    bool zeros = a.eps.given.data || !a.dlog_q.data || any_zero_or_nan(n, dz);
     if (a.dlog_q.data) {
-      const C* row = load(a.dlog_q, sample * a.rows + first / a.cols, rows, row_s.data);
-      repeat_rows(row, rows, a.cols, first, n, dlog_q_s.data);
+      const C* row = dlog_q.of(a, sample, first);
+      repeat_rows(row, dlog_q.rows, a.cols, first, n, dlog_q_s.data);
+      zeros = zeros || any_zero_or_nan(dlog_q.rows, row);
     }
-    const Options& o = a.options;
-    const auto add = [&](auto ratio, auto tanh, auto path) {
-      sums.template add<ratio.value, tanh.value, path.value>(e, n, in.mu, eps, dz, dlog_q);
-    };
-    const auto add_path = [&](auto ratio, auto tanh) {
-      o.path_derivative ? add(ratio, tanh, Bool<true>()) : add(ratio, tanh, Bool<false>());
+    const auto add = [&](auto ratio, auto tanh) {
+      with_bool(o.path_derivative, [&](auto path) {
+        with_bool(zeros, [&](auto with_zeros) {
+          sums.template add<ratio.value, tanh.value, path.value, with_zeros.value>(e, n, in.mu, eps, dz, dlog_q_s.data);
+        });
+      });
     };
     if (o.minus_log_p)
-      add_path(Bool<true>(), Bool<false>());
+      add(Bool<true>(), Bool<false>());
     else if (o.tanh)
-      add_path(Bool<false>(), Bool<true>());
+      add(Bool<false>(), Bool<true>());
     else
-      add_path(Bool<false>(), Bool<false>());
+      add(Bool<false>(), Bool<false>());
   }
-  sums.finish(e, n, a.options.minus_log_p, dmu, dx, dmu_p, dx_p);
+  sums.finish(e, n, dmu, dx);
+  if (o.minus_log_p) sums.finish_prior(e, n, dmu_p, dx_p);
 }
 
 template <class C>
@@ -341,7 +371,14 @@ inline void backward_chunk(const LatentArguments& a, const Constants<C>& c, cons
   const Inputs<C> in(a, c, first, n);
   const GradOutput<C> dmu(a.dmu, first), dx(a.dx, first), dmu_p(a.dmu_p, first), dx_p(a.dx_p, first);
   if (a.dlog_q.data || (a.dz.data && a.options.tanh)) {
-    backward_densities(a, c, first, n, in, dmu.data, dx.data, dmu_p.data, dx_p.data);
+    const Options& o = a.options;
+    if (a.mu_p.data && !o.minus_log_p) {
+      for (int i = 0; i < n; ++i) dmu_p.data[i] = dx_p.data[i] = 0;
+    }
+    if (o.minus_log_p | o.tanh | o.path_derivative)
+      backward_densities(a, c, first, n, in, dmu.data, dx.data, dmu_p.data, dx_p.data);
+    else
+      backward_log_q(a, c, first, n, in, dmu.data, dx.data);
     if (c.clamped) clamp_gradient(c, n, in.unclamped, dx.data);
     dmu.store(n), dx.store(n), dmu_p.store(n), dx_p.store(n);
     return;

@@ -20,8 +20,9 @@ struct MixtureArguments {
   // [B] and [B, D], contiguous, in the type of the arithmetic: the outputs of forward, and the gradients that backward
   // starts from.
   Operand joint, dims;
-  // [2, B] and [2, B, D], contiguous, in the type of the arithmetic: the maximum of the terms, and log2 of the sum of
-  // their quotients by it, both in units of log 2. Forward writes them if they are present, backward reads them.
+  // [2, B] and [2, B, D], contiguous, in the type of the arithmetic: the logarithm of the terms' maximum or, for dims,
+  // of another number near their sum, relative to a constant of the dim; and that of the sum of their quotients by it.
+  // Both are in base 2. Forward writes them if they are present, backward reads them.
   Operand joint_sums, dims_sums;
   Operand dz, dmu, dx;   // contiguous
   Operand dlog_weights;  // as log_weights, contiguous, in the type of the arithmetic

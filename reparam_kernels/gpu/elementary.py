@@ -88,11 +88,10 @@ def expm1_minus(e, lv):
 
 
 class Split(NamedTuple):
-    """u = 2^e (1 + h) with 1 + h in [sqrt(1/2), sqrt(2)), and scale = 2^-e."""
+    """u = 2^e (1 + h) with 1 + h in [sqrt(1/2), sqrt(2))."""
 
     e: Any
     h: Any
-    scale: Any
 
 
 @triton.jit
@@ -100,7 +99,7 @@ def split(u, w):
     """Split u. Since w = u - 1 is given, h does not suffer from the rounding of u. float32 only."""
     e = (u.to(tl.int32, bitcast=True) - 0x3F3504F3) >> 23
     scale = ((127 - e) << 23).to(tl.float32, bitcast=True)
-    return Split(e.to(tl.float32), tl.fma(w, scale, scale - 1.0), scale)
+    return Split(e.to(tl.float32), tl.fma(w, scale, scale - 1.0))
 
 
 @triton.jit
@@ -153,9 +152,10 @@ def log(u):
         return tl.log(u)
     else:
         subnormal = u < 1.1754943508222875e-38
-        v = tl.where(subnormal, u * 16777216.0, u)
-        s = split(v, v - 1.0)
-        y = log_split(s.e - tl.where(subnormal, 24.0, 0.0), tl.fma(v, s.scale, -1.0))
+        bits = tl.where(subnormal, u * 16777216.0, u).to(tl.int32, bitcast=True)
+        e = (bits - 0x3F3504F3) >> 23
+        h = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
+        y = log_split(e.to(tl.float32) - tl.where(subnormal, 24.0, 0.0), h)
         y = tl.where(u < float("inf"), y, u)
         return tl.where(u > 0.0, y, tl.where(u == 0.0, float("-inf"), float("nan")))
 

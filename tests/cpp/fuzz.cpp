@@ -8,6 +8,7 @@
 
 #include "bytes.h"
 #include "ops/latent.h"
+#include "ops/mixture.h"
 #include "ops/noise.h"
 
 using namespace reparam;
@@ -98,20 +99,34 @@ struct Tensor {
 
 using Results = std::vector<std::vector<uint8_t>>;
 
-enum class Op { randn, forward, backward };
+// The tensors of a call.
+struct Tensors {
+  Bytes& in;
+  uint64_t state = in.word();
+  bool wild = in.flip();  // contents of any bits
+  std::vector<std::unique_ptr<Tensor>> all;
+  std::vector<Tensor*> inputs, outputs;
 
-void run(Op op, const LatentArguments& a, int threads) {
-  switch (op) {
-    case Op::randn: return noise().fill({a.eps, a.use_f64, a.z}, threads);
-    case Op::forward: return latent().forward(a, threads);
-    case Op::backward: return latent().backward(a, threads);
+  void read(bool wanted, Operand& to, const Shape& of, Dtype type, bool whole = false) {
+    if (!wanted) return;
+    all.emplace_back(whole ? new Tensor(in, of, type, false, false) : new Tensor(in, of, type, in.flip(), in.flip()));
+    inputs.push_back(all.back().get());
+    inputs.back()->fill(mix(state), wild);
+    to = inputs.back()->operand();
   }
-}
+  void write(bool wanted, Operand& to, const Shape& of, Dtype type, bool gaps) {
+    if (!wanted) return;
+    all.emplace_back(new Tensor(in, of, type, gaps, false));
+    outputs.push_back(all.back().get());
+    to = outputs.back()->operand();
+  }
+};
 
 // Runs the call on outputs that hold `filling` and returns their elements, with one NaN for all.
-Results results(Op op, const LatentArguments& a, int threads, std::vector<Tensor*>& outputs, uint8_t filling) {
+template <class Run>
+Results results(const Run& run, int threads, std::vector<Tensor*>& outputs, uint8_t filling) {
   for (Tensor* t : outputs) std::memset(t->memory.get(), filling, t->bytes());
-  run(op, a, threads);
+  run(threads);
   Results all;
   for (Tensor* t : outputs) {
     const size_t size = (size_t)width(t->dtype);
@@ -131,6 +146,28 @@ Results results(Op op, const LatentArguments& a, int threads, std::vector<Tensor
   return all;
 }
 
+// Runs the call twice on each instruction set.
+template <class Run>
+void check(Bytes& in, Tensors& tensors, const Run& run) {
+  std::vector<std::vector<uint8_t>> before;
+  for (const Tensor* t : tensors.inputs) before.emplace_back(t->memory.get(), t->memory.get() + t->bytes());
+  const int counts[] = {1, 2, 3, 0, -1, 7, INT32_MAX};
+  const int threads = counts[in.below(7)];
+  Results first;
+  for (const std::string& isa : available_isas()) {
+    set_isa(isa);
+    const Results one = results(run, 1, tensors.outputs, 0x55), two = results(run, threads, tensors.outputs, 0xaa);
+    MUST(one == two);
+    if (first.empty()) first = one;
+    MUST(one == first);
+  }
+  for (size_t i = 0; i < before.size(); ++i)
+    MUST(before[i].empty() || !std::memcmp(before[i].data(), tensors.inputs[i]->memory.get(), before[i].size()));
+}
+
+enum class Op { randn, forward, backward };
+
+// A call of the latent op or the noise.
 void call(Bytes& in) {
   const Op op = (Op)in.below(3);
   const Dtype dtype = (Dtype)in.below(4), sums = dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
@@ -154,64 +191,86 @@ void call(Bytes& in) {
   if (a.n == 0) return;  // only forward has something to do, and the fuzzer of the binding tests it
   a.options.param = (Param)in.below(4);
   a.options.min_std = in.real(), a.options.clamped = in.flip(), a.options.low = in.real(), a.options.high = in.real();
-  const bool from_z = op == Op::randn || in.flip(), kl = op != Op::randn && (!from_z || in.flip());
+  const bool from_z = op == Op::randn || in.flip(), density = op != Op::randn && from_z && in.flip();
+  const bool kl = op != Op::randn && !density && (!from_z || in.flip());
   const bool given = op != Op::randn && from_z && in.flip(), prior = op != Op::randn && in.flip();
+  a.options.minus_log_p = density && in.flip(), a.options.path_derivative = density && in.flip();
+  a.options.tanh = density && !a.options.minus_log_p && in.flip();
   const Dtype prior_dtype = in.flip() ? sums : dtype;
   Shape row(shape.begin(), shape.begin() + in.below((int)shape.size() + 1));
-  if (kl) a.rows = product(row), a.cols = a.n / a.rows;
+  if (kl || density) a.rows = product(row), a.cols = a.n / a.rows;
+  Shape rows(z_shape.begin(), z_shape.end() - (int64_t)(shape.size() - row.size()));  // of log_q: the sample dims too
 
+  Tensors tensors{in};
   const int64_t items = !shape.empty() && in.flip() ? shape[0] : 1;
   std::unique_ptr<int64_t[]> seed(new int64_t[items]);
-  uint64_t state = in.word();
-  for (int64_t i = 0; i < items; ++i) seed[i] = (int64_t)mix(state);
+  for (int64_t i = 0; i < items; ++i) seed[i] = (int64_t)mix(tensors.state);
   if (from_z && !given) a.eps.seed = seed.get(), a.eps.group = a.n / items;
 
-  const bool wild = in.flip();
-  std::vector<std::unique_ptr<Tensor>> tensors;
-  std::vector<Tensor*> inputs, outputs;
-  const auto read = [&](bool wanted, Operand& to, const Shape& of, Dtype type) {
-    if (!wanted) return;
-    tensors.emplace_back(new Tensor(in, of, type, in.flip(), in.flip()));
-    inputs.push_back(tensors.back().get());
-    inputs.back()->fill(mix(state), wild);
-    to = inputs.back()->operand();
-  };
-  const auto write = [&](bool wanted, Operand& to, const Shape& of, Dtype type, bool gaps) {
-    if (!wanted) return;
-    tensors.emplace_back(new Tensor(in, of, type, gaps, false));
-    outputs.push_back(tensors.back().get());
-    to = outputs.back()->operand();
-  };
   if (op != Op::randn) {
-    read(true, a.mu, shape, dtype), read(true, a.x, shape, dtype);
-    read(prior, a.mu_p, shape, prior_dtype), read(prior, a.x_p, shape, prior_dtype);
-    read(given, a.eps.given, z_shape, dtype);
+    tensors.read(true, a.mu, shape, dtype), tensors.read(true, a.x, shape, dtype);
+    tensors.read(prior, a.mu_p, shape, prior_dtype), tensors.read(prior, a.x_p, shape, prior_dtype);
+    tensors.read(given, a.eps.given, z_shape, dtype);
   }
   if (op == Op::backward) {
-    read(from_z && a.samples > 0, a.dz, z_shape, dtype), read(kl, a.dkl, row, sums);
-    write(in.flip(), a.dmu, shape, dtype, true), write(in.flip(), a.dx, shape, dtype, true);
+    const bool some = a.samples > 0;
+    tensors.read(from_z && some && (!density || in.flip()), a.dz, z_shape, dtype), tensors.read(kl, a.dkl, row, sums);
+    tensors.read(density && some, a.dlog_q, rows, sums);
+    tensors.write(in.flip(), a.dmu, shape, dtype, true), tensors.write(in.flip(), a.dx, shape, dtype, true);
     const Dtype type = in.flip() ? sums : dtype;
-    write(prior && kl && in.flip(), a.dmu_p, shape, type, true);
-    write(prior && kl && in.flip(), a.dx_p, shape, type, true);
+    tensors.write(prior && (kl || density) && in.flip(), a.dmu_p, shape, type, true);
+    tensors.write(prior && (kl || density) && in.flip(), a.dx_p, shape, type, true);
   } else {
-    write(from_z, a.z, z_shape, dtype, false);
-    write(kl, a.kl, row, sums, false);
+    tensors.write(from_z, a.z, z_shape, dtype, false);
+    tensors.write(kl, a.kl, row, sums, false), tensors.write(density, a.log_q, rows, sums, false);
   }
+  check(in, tensors, [&](int threads) {
+    switch (op) {
+      case Op::randn: return noise().fill({a.eps, a.use_f64, a.z}, threads);
+      case Op::forward: return latent().forward(a, threads);
+      case Op::backward: return latent().backward(a, threads);
+    }
+  });
+}
 
-  std::vector<std::vector<uint8_t>> before;
-  for (const Tensor* t : inputs) before.emplace_back(t->memory.get(), t->memory.get() + t->bytes());
-  const int counts[] = {1, 2, 3, 0, -1, 7, INT32_MAX};
-  const int threads = counts[in.below(7)];
-  Results first;
-  for (const std::string& isa : available_isas()) {
-    set_isa(isa);
-    const Results one = results(op, a, 1, outputs, 0x55), two = results(op, a, threads, outputs, 0xaa);
-    MUST(one == two);
-    if (first.empty()) first = one;
-    MUST(one == first);
+// A call of the mixture op.
+void mixture_call(Bytes& in) {
+  const int64_t points[] = {0, 1, 2, 15, 16, 17, 63, 64, 65, 129, 300}, dims[] = {0, 1, 2, 3, 7, 8, 9, 17, 63, 65};
+  const int64_t some[] = {1, 2, 3, 15, 16, 17, 33, 150};
+  const Dtype dtype = (Dtype)in.below(4), sums = dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+  MixtureArguments a;
+  a.items = points[in.below(11)], a.components = some[in.below(8)], a.cols = dims[in.below(10)];
+  if (a.items * a.components * a.cols > 60000) a.items = 5, a.cols = std::min<int64_t>(a.cols, 9);
+  a.use_f64 = dtype == Dtype::f64;
+  a.options.param = (Param)in.below(4);
+  a.options.min_std = in.real(), a.options.clamped = in.flip(), a.options.low = in.real(), a.options.high = in.real();
+  const bool backward = in.flip(), joint = in.flip(), of_dims = !joint || in.flip(), weighted = in.flip();
+  const bool saving = backward || in.flip();
+  a.weights_by_item = weighted && in.flip();
+  const Shape z{a.items, a.cols}, mu{a.components, a.cols};
+  const Shape weights = a.weights_by_item ? Shape{a.items, a.components} : Shape{a.components};
+  Tensors tensors{in};
+  tensors.read(true, a.z, z, dtype), tensors.read(true, a.mu, mu, dtype), tensors.read(true, a.x, mu, dtype);
+  tensors.read(weighted, a.log_weights, weights, in.flip() ? sums : dtype);
+  const Shape joint_sums{2, a.items}, dims_sums{2, a.items, a.cols};
+  if (backward) {
+    tensors.read(joint, a.joint, {a.items}, sums), tensors.read(of_dims, a.dims, z, sums);
+    tensors.read(joint, a.joint_sums, joint_sums, sums, true),
+        tensors.read(of_dims, a.dims_sums, dims_sums, sums, true);
+    tensors.write(in.flip(), a.dz, z, dtype, false);
+    tensors.write(in.flip(), a.dmu, mu, dtype, false), tensors.write(in.flip(), a.dx, mu, dtype, false);
+    tensors.write(weighted && in.flip(), a.dlog_weights, weights, sums, false);
+  } else {
+    tensors.write(joint, a.joint, {a.items}, sums, false), tensors.write(of_dims, a.dims, z, sums, false);
+    tensors.write(joint && saving, a.joint_sums, joint_sums, sums, false);
+    tensors.write(of_dims && saving, a.dims_sums, dims_sums, sums, false);
   }
-  for (size_t i = 0; i < inputs.size(); ++i)
-    MUST(before[i].empty() || !std::memcmp(before[i].data(), inputs[i]->memory.get(), before[i].size()));
+  check(in, tensors, [&](int threads) {
+    if (backward)
+      mixture().backward(a, threads);
+    else
+      mixture().forward(a, threads);
+  });
 }
 
 // Checks that chunks cover all elements without overlap, for any sizes; this needs no memory.
@@ -252,9 +311,11 @@ void window(Bytes& in) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Bytes in{data, size};
-  switch (in.below(8)) {
+  switch (in.below(10)) {
     case 0: chunks(in); break;
     case 1: window(in); break;
+    case 2:
+    case 3: mixture_call(in); break;
     default: call(in);
   }
   return 0;

@@ -1,4 +1,4 @@
-"""The Triton kernels of the mixture op. csrc/ops/mixture.cpp has the same steps under the same names.
+"""The Triton kernels of the mixture op. csrc/ops/mixture_*.h have the same steps under the same names.
 
 Points and components are read as columns, [D, B] and [D, N], so that neighbouring threads read neighbouring numbers.
 A program handles BLOCK_B points and BLOCK_N components at a time. Logarithms of terms are in base 2. A pointer that is
