@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "ops/latent_log_q.h"
+#include "ops/latent_tiles.h"
 
 namespace reparam {
 namespace {
@@ -90,26 +91,32 @@ inline void posterior(const Constants<C> c, int n, const C* mu, const C* x, cons
   }
 }
 
-// Stores the sums of a chunk's rows in `sums` or, if a row is longer than a chunk, the sum of the chunk in partials.
+// What the sums of a run of elements need. The run is a chunk, or a part of a stream of elements.
 template <class C>
-inline void store_sums(const LatentArguments& a, const Chunks& chunks, int64_t chunk, int64_t first, int n, const C* k,
-                       C* sums, double* partials) {
-  if (chunks.per_row > 1) {
-    partials[chunk] = ordered_sum(k, n);
-  } else if (a.cols == 1) {
-#pragma omp simd
-    for (int i = 0; i < n; ++i) sums[first + i] = k[i];
+struct Sums {
+  const Chunks& chunks;
+  double *kl = nullptr, *log_q = nullptr;  // the sums of chunks if a row is longer than one: [chunks], [samples, chunks]
+  int64_t chunk = 0;
+  StreamSums<C>* stream = nullptr;
+};
+
+// Stores elements in `sums`, or the sums of rows or, if a row is longer than a chunk, the sums of chunks in partials.
+template <class C>
+inline void store_sums(const LatentArguments& a, const Sums<C>& s, int64_t sample, int64_t first, int n, const C* k,
+                       const Operand& sums, double* partials) {
+  C* const rows = (C*)sums.data + sample * a.rows;
+  if (a.cols == 1) {
+    put(sums, sample * a.rows + first, n, k);
+  } else if (s.stream) {
+    s.stream->add(s.chunks, first, n, k, rows, partials);
+  } else if (s.chunks.per_row > 1) {
+    partials[sample * s.chunks.count + s.chunk] = ordered_sum(k, n);
   } else {
     const int cols = (int)a.cols;
-    C* row = sums + first / cols;
+    C* row = rows + first / cols;
     for (int i = 0; i < n; i += cols) *row++ = (C)ordered_sum(k + i, cols);
   }
 }
-
-// Where the sums of chunks go if a row is longer than one.
-struct Partials {
-  double *kl = nullptr, *log_q = nullptr;  // [chunks], [samples, chunks]
-};
 
 template <class C>
 inline void fill_densities(const LatentArguments& a, const Constants<C>& c, int n, const Inputs<C>& in, bool inverse,
@@ -127,8 +134,8 @@ inline void fill_densities(const LatentArguments& a, const Constants<C>& c, int 
 
 // Computes z and, if asked, log_q of each sample by way of the densities.
 template <class C>
-inline void forward_densities(const LatentArguments& a, const Constants<C>& c, const Chunks& chunks, int64_t chunk,
-                              int64_t first, int n, const Inputs<C>& in, Partials partials) {
+inline void forward_densities(const LatentArguments& a, const Constants<C>& c, int64_t first, int n,
+                              const Inputs<C>& in, const Sums<C>& sums) {
   DensityArrays<C> e;
   Scratch<C> eps_s, z_s, terms;
   fill_densities(a, c, n, in, false, e);
@@ -143,26 +150,21 @@ inline void forward_densities(const LatentArguments& a, const Constants<C>& c, c
       log_q_terms<C, false, true>(e, n, eps, z, terms.data);
     else
       log_q_terms<C, false, false>(e, n, eps, z, terms.data);
-    store(a.z, sample * a.n + first, n, z);
-    if (a.log_q.data)
-      store_sums(a, chunks, chunk, first, n, terms.data, (C*)a.log_q.data + sample * a.rows,
-                 partials.log_q ? partials.log_q + sample * chunks.count : nullptr);
+    if (a.z.data) store(a.z, sample * a.n + first, n, z);
+    if (a.log_q.data) store_sums(a, sums, sample, first, n, terms.data, a.log_q, sums.log_q);
   }
 }
 
 template <class C>
-inline void forward_chunk(const LatentArguments& a, const Constants<C>& c, const Chunks& chunks, int64_t chunk,
-                          Partials partials) {
-  const int64_t first = chunks.begin(chunk);
-  const int n = (int)(chunks.end(chunk) - first);
+inline void forward_run(const LatentArguments& a, const Constants<C>& c, int64_t first, int n, const Sums<C>& sums) {
   const Inputs<C> in(a, c, first, n);
-  if (a.log_q.data || a.options.tanh) return forward_densities(a, c, chunks, chunk, first, n, in, partials);
+  if (a.log_q.data || a.options.tanh) return forward_densities(a, c, first, n, in, sums);
   Scratch<C> sigma, kl, eps_s, z_s;
   dispatch_options(a, [&](auto param, auto prior) {
     posterior<C, param.value, prior.value>(c, n, in.mu, in.x, in.mu_p, in.x_p, sigma.data,
                                            a.kl.data ? kl.data : nullptr);
   });
-  if (a.kl.data) store_sums(a, chunks, chunk, first, n, kl.data, (C*)a.kl.data, partials.kl);
+  if (a.kl.data) store_sums(a, sums, 0, first, n, kl.data, a.kl, sums.kl);
   if (!a.z.data) return;
   for (int64_t sample = 0; sample < a.samples; ++sample) {
     const C* eps = load_or_make_eps(a.eps, sample, first, n, eps_s);
@@ -335,9 +337,7 @@ inline void backward_densities(const LatentArguments& a, const Constants<C>& c, 
 }
 
 template <class C>
-inline void backward_chunk(const LatentArguments& a, const Constants<C>& c, const Chunks& chunks, int64_t chunk) {
-  const int64_t first = chunks.begin(chunk);
-  const int n = (int)(chunks.end(chunk) - first);
+inline void backward_run(const LatentArguments& a, const Constants<C>& c, int64_t first, int n) {
   const Inputs<C> in(a, c, first, n);
   const GradOutput<C> dmu(a.dmu, first), dx(a.dx, first), dmu_p(a.dmu_p, first), dx_p(a.dx_p, first);
   if (a.dlog_q.data || (a.dz.data && a.options.tanh)) {
@@ -368,6 +368,37 @@ inline void backward_chunk(const LatentArguments& a, const Constants<C>& c, cons
   dmu.store(n), dx.store(n), dmu_p.store(n), dx_p.store(n);
 }
 
+// ---- tiles
+
+template <class C>
+__attribute__((noinline)) void forward_spans(const LatentArguments& a, const Constants<C>& c,
+                                             const ChannelSpans& spans, int64_t first_span, int64_t last_span,
+                                             const Sums<C>& all) {
+  OperandTiles<C> tiles(a, spans.layout);
+  LatentArguments only_sums = a;
+  only_sums.z = {};
+  Sums<C> sums = all;
+  const auto run = [&](const LatentArguments& part, int64_t first, int n, StreamSums<C>& stream) {
+    sums.stream = &stream;
+    forward_run(part, c, first, n, sums);
+  };
+  const auto rest = [&](int64_t first, StreamSums<C>& stream) {
+    if (stream.open(first)) run(only_sums, first, (int)(stream.end - first), stream);
+  };
+  for (int64_t i = first_span; i < last_span; ++i) for_tiles(tiles, spans, i, run, rest);
+}
+
+template <class C>
+__attribute__((noinline)) void backward_spans(const LatentArguments& a, const Constants<C>& c,
+                                              const ChannelSpans& spans, int64_t first_span, int64_t last_span) {
+  OperandTiles<C> tiles(a, spans.layout);
+  const auto run = [&](const LatentArguments& part, int64_t first, int n, const StreamSums<C>&) {
+    backward_run(part, c, first, n);
+  };
+  for (int64_t i = first_span; i < last_span; ++i)
+    for_tiles(tiles, spans, i, run, [](int64_t, const StreamSums<C>&) {});
+}
+
 // ---- the op
 
 template <class C>
@@ -383,22 +414,41 @@ inline void forward_as(const LatentArguments& a, int threads) {
   const bool long_rows = chunks.per_row > 1;
   const HeapArray kl_partials(kl && long_rows ? chunks.count : 0);
   const HeapArray log_q_partials(log_q && long_rows ? a.samples * chunks.count : 0);
-  const Partials partials{kl_partials.data, log_q_partials.data};
-  parallel_for(chunks.count, a.n * (a.samples > 1 ? a.samples : 1), threads, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) forward_chunk<C>(a, c, chunks, i, partials);
-  });
-  if (partials.kl) sum_partials(partials.kl, chunks, kl);
-  for (int64_t sample = 0; partials.log_q && sample < a.samples; ++sample)
-    sum_partials(partials.log_q + sample * chunks.count, chunks, log_q + sample * a.rows);
+  const Sums<C> all{chunks, kl_partials.data, log_q_partials.data};
+  const ChannelSpans spans(a, kTile<C>, (kl || log_q) && a.cols > 1, threads);
+  if (spans.count > 0) {
+    parallel_for(spans.count, a.n, threads, [&](int64_t first, int64_t last) {
+      forward_spans(a, c, spans, first, last, all);
+    });
+  } else {
+    parallel_for(chunks.count, a.n * (a.samples > 1 ? a.samples : 1), threads, [&](int64_t first, int64_t last) {
+      Sums<C> sums = all;
+      for (int64_t i = first; i < last; ++i) {
+        sums.chunk = i;
+        forward_run(a, c, chunks.begin(i), (int)(chunks.end(i) - chunks.begin(i)), sums);
+      }
+    });
+  }
+  if (all.kl) sum_partials(all.kl, chunks, kl);
+  for (int64_t sample = 0; all.log_q && sample < a.samples; ++sample)
+    sum_partials(all.log_q + sample * chunks.count, chunks, log_q + sample * a.rows);
 }
 
 template <class C>
 inline void backward_as(const LatentArguments& a, int threads) {
   if (a.n == 0) return;
   const Constants<C> c(a.options);
+  const ChannelSpans spans(a, kTile<C>, false, threads);
+  if (spans.count > 0) {
+    parallel_for(spans.count, a.n, threads, [&](int64_t first, int64_t last) {
+      backward_spans(a, c, spans, first, last);
+    });
+    return;
+  }
   const Chunks chunks(a.n, a.cols);
   parallel_for(chunks.count, a.n * (a.samples > 1 ? a.samples : 1), threads, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) backward_chunk<C>(a, c, chunks, i);
+    for (int64_t i = first; i < last; ++i)
+      backward_run(a, c, chunks.begin(i), (int)(chunks.end(i) - chunks.begin(i)));
   });
 }
 

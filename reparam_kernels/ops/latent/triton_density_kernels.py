@@ -25,7 +25,7 @@ from ...gpu.tiles import (
     store,
     sum_packed_rows,
 )
-from .triton_kernels import load_latent
+from .triton_kernels import load_latent, sample_pointers
 
 
 @triton.jit
@@ -88,6 +88,7 @@ def density_forward_kernel(
     tile = make_tile(shape, window_ptr, TILING)
     latent = load_latent(mu_ptr, x_ptr, mu_p_ptr, x_p_ptr, strides, tile, shape, OPTIONS, TILING)
     e = densities(latent, OPTIONS, mu_p_ptr is not None)
+    z_strides = strides.z  # triton 3.6 loses constants of nested records at a loop
     for i in range(shape.samples):
         sample = tile.first_col * 0 + i  # 64-bit
         eps = noise(seed_ptr, eps_ptr, window_ptr, sample, tile, shape, OPTIONS.FLOAT64, TILING)
@@ -100,8 +101,7 @@ def density_forward_kernel(
             t = squash(z)
             z = t.value
             terms = terms - t.log_slope
-        sample_ptr = sample_pointer(z_ptr, sample, total, TILING)
-        store(contiguous_pointers(sample_ptr, tile, shape, TILING), z, tile.mask)
+        store(sample_pointers(z_ptr, z_strides, sample, tile, shape, TILING), z, tile.mask)
         if log_q_ptr is not None:
             store_log_q(log_q_ptr, sample, terms, tile, shape, OPTIONS, TILING)
 

@@ -43,6 +43,15 @@ def load_latent(mu_ptr, x_ptr, mu_p_ptr, x_p_ptr, strides, tile, shape, OPTIONS:
         return Latent(mu, raw_x, x, mu_p, x_p)
 
 
+@triton.jit
+def sample_pointers(z_ptr, strides, sample, tile, shape, TILING: tl.constexpr):
+    """Return pointers to a tile's elements of one sample. If rows are channels, there is one."""
+    if TILING.CHANNELS:
+        return pointers(z_ptr, strides, tile, shape, TILING)
+    else:
+        return contiguous_pointers(sample_pointer(z_ptr, sample, shape.total, TILING), tile, shape, TILING)
+
+
 @triton.jit(do_not_specialize=["rows", "cols", "total", "chunks"])
 def forward_kernel(
     mu_ptr,  # operands, read through their strides
@@ -52,7 +61,7 @@ def forward_kernel(
     seed_ptr,  # int64 [rows / rows_per_seed]
     eps_ptr,  # the caller's noise, [samples, rows, cols]
     window_ptr,  # int64, as window_numbers of gpu/plan.py makes them
-    z_ptr,  # [samples, rows, cols]
+    z_ptr,  # [samples, rows, cols], or an operand if rows are channels
     kl_ptr,  # [rows, cols] if elementwise, else a sum for each row and chunk [rows, chunks], or for each packed row
     rows,
     cols,
@@ -81,13 +90,13 @@ def forward_kernel(
                 kl2 = tl.where(tile.mask, kl2, 0.0)
             part = 0.5 * tl.sum(kl2, axis=1)[:, None]
             tl.store(kl_ptr + (tile.first_row + tile.row) * shape.chunks + tile.chunk, part, mask=tile.row_mask)
+    z_strides = strides.z  # triton 3.6 loses constants of nested records at a loop
     if z_ptr is not None:
         for i in range(shape.samples):
             sample = tile.first_col * 0 + i  # 64-bit
             eps = noise(seed_ptr, eps_ptr, window_ptr, sample, tile, shape, OPTIONS.FLOAT64, TILING)
             z = fma(e.sigma, eps, latent.mu)
-            sample_ptr = sample_pointer(z_ptr, sample, total, TILING)
-            store(contiguous_pointers(sample_ptr, tile, shape, TILING), z, tile.mask)
+            store(sample_pointers(z_ptr, z_strides, sample, tile, shape, TILING), z, tile.mask)
 
 
 @triton.jit(do_not_specialize=["dz_sample_stride", "rows", "cols", "total", "chunks"])
