@@ -1,6 +1,9 @@
-// Tensors whose channels lie next to each other in memory, as those of channels_last tensors do. A tile of them is
-// brought into logical order in the first-level cache, where the kernels read and write it as if it were contiguous.
+// Tensors whose channels lie next to each other in memory, as those of channels_last tensors do, and the two orders of
+// a tile of them: the logical one, in which the positions of a channel are contiguous, and that of memory.
 #pragma once
+#include <cstring>
+#include <type_traits>
+
 #include "core/operand.h"
 
 #if defined(__AVX__)
@@ -10,7 +13,7 @@
 namespace reparam {
 namespace {
 
-// The logical order is [items, channels, positions].
+// The logical order is [items, channels, positions]; in memory, the channels are innermost.
 struct ChannelLayout {
   int64_t items = 0, channels = 0, positions = 0;  // no items: another layout
 
@@ -27,11 +30,14 @@ struct ChannelLayout {
   }
 };
 
-// Some positions of some channels. In the tile, the positions of a channel are contiguous.
+// Some positions of some channels of some items. In the order of memory it is [items, positions, channels], in the
+// logical one [items, channels, positions].
 struct ChannelTile {
-  int64_t channel, position;  // the first; channels are counted over all items
-  int channels, positions;
-  int pitch;  // elements from one channel to the next in the tile
+  int64_t item, channel, position;  // the first
+  int items, channels, positions;
+
+  REPARAM_INLINE int per_item() const { return channels * positions; }
+  REPARAM_INLINE int elements() const { return items * per_item(); }
 };
 
 // ---- four channels of some positions
@@ -40,39 +46,6 @@ typedef float Quad __attribute__((vector_size(16)));
 typedef uint32_t QuadBits __attribute__((vector_size(16)));
 typedef uint16_t HalfQuad __attribute__((vector_size(8)));
 
-REPARAM_INLINE Quad load_quad(const float* from) {
-  Quad q;
-  std::memcpy(&q, from, sizeof q);
-  return q;
-}
-REPARAM_INLINE Quad load_quad(const Bf16* from) {
-  HalfQuad h;
-  std::memcpy(&h, from, sizeof h);
-  return (Quad)(__builtin_convertvector(h, QuadBits) << 16);
-}
-REPARAM_INLINE Quad load_quad(const F16* from) {
-#if defined(__F16C__)
-  return (Quad)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)from));
-#else
-  return Quad{from_f16(from[0].bits), from_f16(from[1].bits), from_f16(from[2].bits), from_f16(from[3].bits)};
-#endif
-}
-
-REPARAM_INLINE void store_quad(Quad q, float* to) { std::memcpy(to, &q, sizeof q); }
-REPARAM_INLINE void store_quad(Quad q, Bf16* to) {  // as to_bf16
-  const QuadBits b = (QuadBits)q, number = (QuadBits)(q == q);
-  const QuadBits rounded = (b + 0x7fffu + (b >> 16 & 1u)) >> 16, nan = b >> 16 | 0x40u;
-  const HalfQuad h = __builtin_convertvector((rounded & number) | (nan & ~number), HalfQuad);
-  std::memcpy(to, &h, sizeof h);
-}
-REPARAM_INLINE void store_quad(Quad q, F16* to) {
-#if defined(__F16C__)
-  _mm_storel_epi64((__m128i*)to, _mm_cvtps_ph((__m128)q, _MM_FROUND_TO_NEAREST_INT));
-#else
-  for (int i = 0; i < 4; ++i) to[i].bits = to_f16(q[i]);
-#endif
-}
-
 // Sections of 16 bytes side by side, so that one shuffle works on several quads.
 #if defined(__AVX__)
 constexpr int kSections = 2;
@@ -80,31 +53,29 @@ constexpr int kSections = 2;
 constexpr int kSections = 1;
 #endif
 typedef float Sections __attribute__((vector_size(16 * kSections)));
-constexpr int kStep = 4 * kSections;  // positions that transpose at once
+constexpr int kStep = 4 * kSections;  // positions that are transposed at once
 
 // Section s holds the quad at from + 4 * s * stride.
-template <class Stored>
-REPARAM_INLINE Sections load_sections(const Stored* from, int64_t stride) {
+REPARAM_INLINE Sections load_sections(const float* from, int stride) {
 #if defined(__AVX__)
-  return (Sections)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)load_quad(from)),
-                                        (__m128)load_quad(from + 4 * stride), 1);
+  return (Sections)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)), _mm_loadu_ps(from + 4 * stride), 1);
 #else
   (void)stride;
-  return load_quad(from);
+  Quad q;
+  std::memcpy(&q, from, sizeof q);
+  return q;
 #endif
 }
-template <class Stored>
-REPARAM_INLINE void store_sections(Sections v, int64_t stride, Stored* to) {
+REPARAM_INLINE void store_section(Sections v, int section, float* to) {
 #if defined(__AVX__)
-  store_quad((Quad)_mm256_castps256_ps128((__m256)v), to);
-  store_quad((Quad)_mm256_extractf128_ps((__m256)v, 1), to + 4 * stride);
+  _mm_storeu_ps(to, section == 0 ? _mm256_castps256_ps128((__m256)v) : _mm256_extractf128_ps((__m256)v, 1));
 #else
-  (void)stride;
-  store_quad(v, to);
+  (void)section;
+  std::memcpy(to, &v, sizeof v);
 #endif
 }
 
-// Interleaves halves of each section: the numbers of the low or high half, or pairs of them.
+// Interleaves the low or high halves of each section: number by number, or pair by pair.
 #if defined(__clang__)
 #define REPARAM_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -115,9 +86,7 @@ typedef int32_t SectionIndex __attribute__((vector_size(16 * kSections)));
 REPARAM_INLINE Sections low(Sections a, Sections b) { return REPARAM_SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13); }
 REPARAM_INLINE Sections high(Sections a, Sections b) { return REPARAM_SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15); }
 REPARAM_INLINE Sections low_pairs(Sections a, Sections b) { return REPARAM_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13); }
-REPARAM_INLINE Sections high_pairs(Sections a, Sections b) {
-  return REPARAM_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-}
+REPARAM_INLINE Sections high_pairs(Sections a, Sections b) { return REPARAM_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15); }
 #else
 REPARAM_INLINE Sections low(Sections a, Sections b) { return REPARAM_SHUFFLE(a, b, 0, 4, 1, 5); }
 REPARAM_INLINE Sections high(Sections a, Sections b) { return REPARAM_SHUFFLE(a, b, 2, 6, 3, 7); }
@@ -135,109 +104,202 @@ REPARAM_INLINE void transpose(Sections v[4]) {
   v[3] = high_pairs(b, d);
 }
 
-// ---- tiles in one item: to[c * pitch + p] = from[p * stride + c], and back
-
 // Calls body(c, p) for each block of four channels and kStep positions, and returns how many positions these cover. If
-// the channels are not a multiple of four, the last blocks overlap.
+// the channels are not a multiple of four, the last blocks overlap. Positions come in order.
 template <class Body>
 REPARAM_INLINE int for_blocks(int channels, int positions, Body body) {
-  if (channels < 4) return 0;
-  int p = 0;
-  for (; p + kStep <= positions; p += kStep) {
-    int c = 0;
-    for (; c + 4 <= channels; c += 4) body(c, p);
-    if (c < channels) body(channels - 4, p);
+  const int covered = positions / kStep * kStep;
+  for (int next = 0; next < channels; next += 4) {
+    const int c = next + 4 <= channels || channels < 4 ? next : channels - 4;
+    for (int p = 0; p < covered; p += kStep) body(c, p);
   }
-  return p;
+  return covered;
 }
 
-template <class C, class Stored>
-inline void to_logical(const Stored* from, int64_t stride, int channels, int positions, C* to, int pitch) {
+// Brings one item of a tile from the logical order to that of memory.
+template <class C>
+inline void to_memory_order(const C* from, int channels, int positions, C* __restrict to) {
   int p = 0;
-  if constexpr (sizeof(C) == 4 && sizeof(Stored) <= 4) {
-    p = for_blocks(channels, positions, [&](int c, int at) {
-      Sections v[4];
+  if constexpr (sizeof(C) == 4) {
+    if (channels >= 4) {
+      p = for_blocks(channels, positions, [&](int c, int at) {
+        Sections v[4];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) v[i] = load_sections(from + (at + i) * stride + c, stride);
-      transpose(v);
+        for (int i = 0; i < 4; ++i) std::memcpy(&v[i], from + (c + i) * positions + at, sizeof v[i]);
+        transpose(v);
+#pragma GCC unroll 2
+        for (int s = 0; s < kSections; ++s) {
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) std::memcpy(to + (c + i) * pitch + at, &v[i], sizeof v[i]);
-    });
+          for (int i = 0; i < 4; ++i) store_section(v[i], s, to + (at + 4 * s + i) * channels + c);
+        }
+      });
+    }
   }
   for (; p < positions; ++p) {
-    for (int c = 0; c < channels; ++c) to[c * pitch + p] = from_storage(from[p * stride + c], C());
+    for (int c = 0; c < channels; ++c) to[p * channels + c] = from[c * positions + p];
   }
 }
 
-template <class C, class Stored>
-inline void from_logical(const C* from, int pitch, int channels, int positions, Stored* to, int64_t stride) {
+// The inverse.
+template <class C>
+inline void to_logical_order(const C* from, int channels, int positions, C* __restrict to) {
   int p = 0;
-  if constexpr (sizeof(C) == 4 && sizeof(Stored) <= 4) {
-    p = for_blocks(channels, positions, [&](int c, int at) {
-      Sections v[4];
+  if constexpr (sizeof(C) == 4) {
+    if (channels >= 4) {
+      p = for_blocks(channels, positions, [&](int c, int at) {
+        Sections v[4];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) std::memcpy(&v[i], from + (c + i) * pitch + at, sizeof v[i]);
-      transpose(v);
+        for (int i = 0; i < 4; ++i) v[i] = load_sections(from + (at + i) * channels + c, channels);
+        transpose(v);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) store_sections(v[i], stride, to + (at + i) * stride + c);
-    });
+        for (int i = 0; i < 4; ++i) std::memcpy(to + (c + i) * positions + at, &v[i], sizeof v[i]);
+      });
+    }
   }
   for (; p < positions; ++p) {
-    for (int c = 0; c < channels; ++c) to_storage(from[c * pitch + p], to[p * stride + c]);
+    for (int c = 0; c < channels; ++c) to[c * positions + p] = from[p * channels + c];
   }
 }
 
-// Calls body(offset, channels, at) for the part of a tile in each item: its first element in the tensor, its channels,
-// and its first element in the tile.
+// ---- tiles of a tensor, in the order of memory
+
+// Calls body(offset, at, n, stride, count) for what a tile has of each item, or for all if the items are contiguous:
+// `count` runs of n elements, the first at `offset` in the tensor and at `at` in the tile, `stride` apart in the tensor.
 template <class Body>
-REPARAM_INLINE void for_items(const Operand& t, const ChannelLayout& l, const ChannelTile& tile, Body body) {
+REPARAM_INLINE void for_runs_of_tile(const Operand& t, const ChannelTile& tile, Body body) {
   const int64_t item_stride = t.ndim == 3 ? t.stride[0] : 0, stride = t.stride[t.ndim - 1];
-  for (int done = 0; done < tile.channels;) {
-    const int64_t item = (tile.channel + done) / l.channels, channel = (tile.channel + done) % l.channels;
-    const int64_t left = l.channels - channel;
-    const int count = left < tile.channels - done ? (int)left : tile.channels - done;
-    body(item * item_stride + channel + tile.position * stride, count, done * tile.pitch);
-    done += count;
+  const int64_t first = tile.item * item_stride + tile.position * stride + tile.channel;
+  const bool dense = stride == tile.channels;
+  if (dense && (tile.items == 1 || item_stride == tile.per_item())) return body(first, 0, tile.elements(), stride, 1);
+  for (int i = 0; i < tile.items; ++i) {
+    const int64_t offset = first + i * item_stride;
+    if (dense)
+      body(offset, i * tile.per_item(), tile.per_item(), stride, 1);
+    else
+      body(offset, i * tile.per_item(), tile.channels, stride, tile.positions);
+  }
+}
+
+// Returns the tile's elements in the tensor if they are there as the kernels read and write them, else null.
+template <class C>
+inline C* tile_in_place(const Operand& t, const ChannelTile& tile) {
+  C* found = nullptr;
+  if (t.dtype == kDtype<C>) {
+    for_runs_of_tile(t, tile, [&](int64_t offset, int, int n, int64_t, int count) {
+      if (count == 1 && n == tile.elements()) found = (C*)t.data + offset;
+    });
+  }
+  return found;
+}
+
+// Calls body with the tensor's elements, in their type.
+template <class C, class Body>
+REPARAM_INLINE void with_storage(const Operand& t, Body body) {
+  if constexpr (sizeof(C) == 8) {
+    body((double*)t.data);
+  } else {
+    switch (t.dtype) {
+      case Dtype::f32: return body((float*)t.data);
+      case Dtype::f64: return body((double*)t.data);
+      case Dtype::bf16: return body((Bf16*)t.data);
+      case Dtype::f16: return body((F16*)t.data);
+    }
+  }
+}
+
+// Four numbers between a tensor and a tile. The compiler does not vectorise so short a loop.
+template <class C, class Stored>
+REPARAM_INLINE void read_quad(const Stored* from, C* to) {
+  for (int i = 0; i < 4; ++i) to[i] = from_storage(from[i], C());
+}
+template <class C, class Stored>
+REPARAM_INLINE void write_quad(const C* from, Stored* to) {
+  for (int i = 0; i < 4; ++i) to_storage(from[i], to[i]);
+}
+REPARAM_INLINE void read_quad(const float* from, float* to) { std::memcpy(to, from, 4 * sizeof *to); }
+REPARAM_INLINE void write_quad(const float* from, float* to) { std::memcpy(to, from, 4 * sizeof *to); }
+REPARAM_INLINE void read_quad(const Bf16* from, float* to) {
+  HalfQuad h;
+  std::memcpy(&h, from, sizeof h);
+  const QuadBits b = __builtin_convertvector(h, QuadBits) << 16;
+  std::memcpy(to, &b, sizeof b);
+}
+REPARAM_INLINE void write_quad(const float* from, Bf16* to) {  // as to_bf16
+  Quad q;
+  std::memcpy(&q, from, sizeof q);
+  const QuadBits b = (QuadBits)q, number = (QuadBits)(q == q);
+  const QuadBits rounded = (b + 0x7fffu + (b >> 16 & 1u)) >> 16, nan = b >> 16 | 0x40u;
+  const HalfQuad h = __builtin_convertvector((rounded & number) | (nan & ~number), HalfQuad);
+  std::memcpy(to, &h, sizeof h);
+}
+#if defined(__F16C__)
+REPARAM_INLINE void read_quad(const F16* from, float* to) {
+  _mm_storeu_ps(to, _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)from)));
+}
+REPARAM_INLINE void write_quad(const float* from, F16* to) {
+  _mm_storel_epi64((__m128i*)to, _mm_cvtps_ph(_mm_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+
+// Copies `count` runs of n elements, which are `stride` apart in the tensor and adjacent in the tile. If n is not a
+// multiple of four, the last quads of a run overlap. A constant kRun lets the compiler unroll a run.
+template <int kRun, class C, class Stored>
+inline void read_runs(const Stored* from, int64_t stride, int run, int count, C* __restrict to) {
+  const int n = kRun ? kRun : run;
+  int p = 0;
+#if defined(__AVX__)
+  if constexpr (kRun == 4 && sizeof(C) == 4 && std::is_same_v<C, Stored>) {
+    for (; p + 2 <= count; p += 2, from += 2 * stride, to += 8) {  // two runs by one store
+      const __m128 first = _mm_loadu_ps(from), second = _mm_loadu_ps(from + stride);
+      _mm256_storeu_ps(to, _mm256_insertf128_ps(_mm256_castps128_ps256(first), second, 1));
+    }
+  }
+#endif
+  for (; p < count; ++p, from += stride, to += n) {
+    for (int i = 0; i + 4 <= n; i += 4) read_quad(from + i, to + i);
+    if (n % 4 && n > 4) read_quad(from + n - 4, to + n - 4);
+    for (int i = 0; n < 4 && i < n; ++i) to[i] = from_storage(from[i], C());
+  }
+}
+template <int kRun, class C, class Stored>
+inline void write_runs(const C* __restrict from, int run, int count, Stored* to, int64_t stride) {
+  const int n = kRun ? kRun : run;
+  for (int p = 0; p < count; ++p, from += n, to += stride) {
+    for (int i = 0; i + 4 <= n; i += 4) write_quad(from + i, to + i);
+    if (n % 4 && n > 4) write_quad(from + n - 4, to + n - 4);
+    for (int i = 0; n < 4 && i < n; ++i) to_storage(from[i], to[i]);
   }
 }
 
 template <class C>
-inline void read_tile(const Operand& t, const ChannelLayout& l, const ChannelTile& tile, C* to) {
-  const int64_t stride = t.stride[t.ndim - 1];
-  for_items(t, l, tile, [&](int64_t offset, int channels, int at) {
-    const auto read = [&](const auto* from) {
-      to_logical(from + offset, stride, channels, tile.positions, to + at, tile.pitch);
-    };
-    if constexpr (sizeof(C) == 8) {
-      read((const double*)t.data);
-    } else {
-      switch (t.dtype) {
-        case Dtype::f32: return read((const float*)t.data);
-        case Dtype::f64: return read((const double*)t.data);
-        case Dtype::bf16: return read((const Bf16*)t.data);
-        case Dtype::f16: return read((const F16*)t.data);
+inline void read_tile(const Operand& t, const ChannelTile& tile, C* to) {
+  with_storage<C>(t, [&](const auto* data) {
+    for_runs_of_tile(t, tile, [&](int64_t offset, int at, int n, int64_t stride, int count) {
+      const auto* const from = data + offset;
+      if (count == 1) return load_run(from, 1, n, to + at);
+      switch (n) {
+        case 4: return read_runs<4>(from, stride, n, count, to + at);
+        case 8: return read_runs<8>(from, stride, n, count, to + at);
+        case 16: return read_runs<16>(from, stride, n, count, to + at);
+        default: return read_runs<0>(from, stride, n, count, to + at);
       }
-    }
+    });
   });
 }
 
 template <class C>
-inline void write_tile(const C* from, const Operand& t, const ChannelLayout& l, const ChannelTile& tile) {
-  const int64_t stride = t.stride[t.ndim - 1];
-  for_items(t, l, tile, [&](int64_t offset, int channels, int at) {
-    const auto write = [&](auto* to) {
-      from_logical(from + at, tile.pitch, channels, tile.positions, to + offset, stride);
-    };
-    if constexpr (sizeof(C) == 8) {
-      write((double*)t.data);
-    } else {
-      switch (t.dtype) {
-        case Dtype::f32: return write((float*)t.data);
-        case Dtype::f64: return write((double*)t.data);
-        case Dtype::bf16: return write((Bf16*)t.data);
-        case Dtype::f16: return write((F16*)t.data);
+inline void write_tile(const C* from, const Operand& t, const ChannelTile& tile) {
+  with_storage<C>(t, [&](auto* data) {
+    for_runs_of_tile(t, tile, [&](int64_t offset, int at, int n, int64_t stride, int count) {
+      auto* const to = data + offset;
+      if (count == 1) return store_run(from + at, 1, n, to);
+      switch (n) {
+        case 4: return write_runs<4>(from + at, n, count, to, stride);
+        case 8: return write_runs<8>(from + at, n, count, to, stride);
+        case 16: return write_runs<16>(from + at, n, count, to, stride);
+        default: return write_runs<0>(from + at, n, count, to, stride);
       }
-    }
+    });
   });
 }
 

@@ -14,7 +14,6 @@ struct Operand {
   Dtype dtype = Dtype::f32;
   int ndim = 0;
   int64_t size[kMaxDims], stride[kMaxDims];  // in elements
-  int64_t origin = 0;                        // the element at data, other than 0 only if the elements are contiguous
 };
 
 namespace {
@@ -80,7 +79,7 @@ inline bool in_place(const Operand& t) {
 // Returns elements [first, first + n), in place or converted into `buffer`.
 template <class C>
 inline const C* load(const Operand& t, int64_t first, int n, C* buffer) {
-  if (in_place<C>(t)) return (const C*)t.data + (first - t.origin);
+  if (in_place<C>(t)) return (const C*)t.data + first;
   for_runs(t, first, n, [&](int64_t offset, int64_t stride, int at, int length) {
     C* to = buffer + at;
     if constexpr (sizeof(C) == 8) {
@@ -100,7 +99,7 @@ inline const C* load(const Operand& t, int64_t first, int n, C* buffer) {
 // Returns where to write the elements from `first` on: in place, or in `buffer`, from which store() converts them.
 template <class C>
 inline C* target(const Operand& t, int64_t first, C* buffer) {
-  return in_place<C>(t) ? (C*)t.data + (first - t.origin) : buffer;
+  return in_place<C>(t) ? (C*)t.data + first : buffer;
 }
 
 // Completes what was written to target().

@@ -156,7 +156,8 @@ inline void forward_densities(const LatentArguments& a, const Constants<C>& c, i
 }
 
 template <class C>
-inline void forward_run(const LatentArguments& a, const Constants<C>& c, int64_t first, int n, const Sums<C>& sums) {
+__attribute__((noinline)) void forward_run(const LatentArguments& a, const Constants<C>& c, int64_t first, int n,
+                                           const Sums<C>& sums) {
   const Inputs<C> in(a, c, first, n);
   if (a.log_q.data || a.options.tanh) return forward_densities(a, c, first, n, in, sums);
   Scratch<C> sigma, kl, eps_s, z_s;
@@ -316,8 +317,9 @@ inline void backward_densities(const LatentArguments& a, const Constants<C>& c, 
     const C *dz = dz_s.data, *dlog_q = dlog_q_s.data;
     if (a.dz.data) dz = load(a.dz, sample * a.n + first, n, dz_s.data);
     if (a.dlog_q.data) {
-      const C* row = load(a.dlog_q, sample * a.rows + first / a.cols, rows, row_s.data);
-      repeat_rows(row, rows, a.cols, first, n, dlog_q_s.data);
+      const C* row = load(a.dlog_q, sample * a.rows + first / a.cols, rows, a.cols == 1 ? dlog_q_s.data : row_s.data);
+      dlog_q = a.cols == 1 ? row : dlog_q_s.data;
+      if (a.cols > 1) repeat_rows(row, rows, a.cols, first, n, dlog_q_s.data);
     }
     const Options& o = a.options;
     const auto add = [&](auto ratio, auto tanh, auto path) {
@@ -337,7 +339,7 @@ inline void backward_densities(const LatentArguments& a, const Constants<C>& c, 
 }
 
 template <class C>
-inline void backward_run(const LatentArguments& a, const Constants<C>& c, int64_t first, int n) {
+__attribute__((noinline)) void backward_run(const LatentArguments& a, const Constants<C>& c, int64_t first, int n) {
   const Inputs<C> in(a, c, first, n);
   const GradOutput<C> dmu(a.dmu, first), dx(a.dx, first), dmu_p(a.dmu_p, first), dx_p(a.dx_p, first);
   if (a.dlog_q.data || (a.dz.data && a.options.tanh)) {
@@ -371,32 +373,28 @@ inline void backward_run(const LatentArguments& a, const Constants<C>& c, int64_
 // ---- tiles
 
 template <class C>
-__attribute__((noinline)) void forward_spans(const LatentArguments& a, const Constants<C>& c,
-                                             const ChannelSpans& spans, int64_t first_span, int64_t last_span,
-                                             const Sums<C>& all) {
-  OperandTiles<C> tiles(a, spans.layout);
+__attribute__((noinline)) void forward_tiles(const LatentArguments& a, const Constants<C>& c, const ChannelTiles& tiles,
+                                             int64_t first_span, int64_t last_span, const Sums<C>& all) {
+  TileCall<C> call(a, tiles);
   LatentArguments only_sums = a;
   only_sums.z = {};
   Sums<C> sums = all;
-  const auto run = [&](const LatentArguments& part, int64_t first, int n, StreamSums<C>& stream) {
-    sums.stream = &stream;
-    forward_run(part, c, first, n, sums);
-  };
+  double* const partials = all.kl ? all.kl : all.log_q;
+  const auto run = [&](const LatentArguments& part, int64_t first, int n) { forward_run(part, c, first, n, all); };
   const auto rest = [&](int64_t first, StreamSums<C>& stream) {
-    if (stream.open(first)) run(only_sums, first, (int)(stream.end - first), stream);
+    sums.stream = &stream;
+    if (stream.open(first)) forward_run(only_sums, c, first, (int)(stream.end - first), sums);
   };
-  for (int64_t i = first_span; i < last_span; ++i) for_tiles(tiles, spans, i, run, rest);
+  for (int64_t i = first_span; i < last_span; ++i) for_tiles(call, tiles, i, all.chunks, partials, run, rest);
 }
 
 template <class C>
-__attribute__((noinline)) void backward_spans(const LatentArguments& a, const Constants<C>& c,
-                                              const ChannelSpans& spans, int64_t first_span, int64_t last_span) {
-  OperandTiles<C> tiles(a, spans.layout);
-  const auto run = [&](const LatentArguments& part, int64_t first, int n, const StreamSums<C>&) {
-    backward_run(part, c, first, n);
-  };
-  for (int64_t i = first_span; i < last_span; ++i)
-    for_tiles(tiles, spans, i, run, [](int64_t, const StreamSums<C>&) {});
+__attribute__((noinline)) void backward_tiles(const LatentArguments& a, const Constants<C>& c,
+                                              const ChannelTiles& tiles, int64_t first_span, int64_t last_span) {
+  TileCall<C> call(a, tiles);
+  const auto run = [&](const LatentArguments& part, int64_t first, int n) { backward_run(part, c, first, n); };
+  const auto rest = [](int64_t, const StreamSums<C>&) {};
+  for (int64_t i = first_span; i < last_span; ++i) for_tiles(call, tiles, i, Chunks(a.n, a.cols), nullptr, run, rest);
 }
 
 // ---- the op
@@ -415,10 +413,10 @@ inline void forward_as(const LatentArguments& a, int threads) {
   const HeapArray kl_partials(kl && long_rows ? chunks.count : 0);
   const HeapArray log_q_partials(log_q && long_rows ? a.samples * chunks.count : 0);
   const Sums<C> all{chunks, kl_partials.data, log_q_partials.data};
-  const ChannelSpans spans(a, kTile<C>, (kl || log_q) && a.cols > 1, threads);
-  if (spans.count > 0) {
-    parallel_for(spans.count, a.n, threads, [&](int64_t first, int64_t last) {
-      forward_spans(a, c, spans, first, last, all);
+  const ChannelTiles tiles(a, (kl || log_q) && a.cols > 1, threads);
+  if (tiles.count > 0) {
+    parallel_for(tiles.count, a.n, threads, [&](int64_t first, int64_t last) {
+      forward_tiles(a, c, tiles, first, last, all);
     });
   } else {
     parallel_for(chunks.count, a.n * (a.samples > 1 ? a.samples : 1), threads, [&](int64_t first, int64_t last) {
@@ -438,10 +436,10 @@ template <class C>
 inline void backward_as(const LatentArguments& a, int threads) {
   if (a.n == 0) return;
   const Constants<C> c(a.options);
-  const ChannelSpans spans(a, kTile<C>, false, threads);
-  if (spans.count > 0) {
-    parallel_for(spans.count, a.n, threads, [&](int64_t first, int64_t last) {
-      backward_spans(a, c, spans, first, last);
+  const ChannelTiles tiles(a, false, threads);
+  if (tiles.count > 0) {
+    parallel_for(tiles.count, a.n, threads, [&](int64_t first, int64_t last) {
+      backward_tiles(a, c, tiles, first, last);
     });
     return;
   }
