@@ -17,7 +17,15 @@ pytestmark = pytest.mark.usefixtures("says_where")
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 # Tiles of whole channels and of parts of them; blocks of channels that are not full; sums of several channels, of one,
 # and of parts that start inside one.
-SHAPES = [(2, 4, 3, 3), (3, 5, 2, 4, 4), (2, 3, 20, 23), (1, 16, 36, 37), (2, 18, 33, 9), (1, 40, 6, 5, 7), (2, 8, 1, 9)]
+SHAPES = [
+    (2, 4, 3, 3),
+    (3, 5, 2, 4, 4),
+    (2, 3, 20, 23),
+    (1, 16, 36, 37),
+    (2, 18, 33, 9),
+    (1, 40, 6, 5, 7),
+    (2, 8, 1, 9),
+]
 LONG = (1, 4, 61, 71)  # several tiles, in which the sums go on
 
 
@@ -88,7 +96,9 @@ def outputs_and_gradients(op, leaves, grads, **options):
     return out, torch.autograd.grad(out, leaves, grads)
 
 
-def check_same_bits(backend, shape, op="reparameterize_kl", dtype=torch.float32, event_ndim=None, prior=False, **options):
+def check_same_bits(
+    backend, shape, op="reparameterize_kl", dtype=torch.float32, event_ndim=None, prior=False, **options
+):
     event_ndim = len(shape) - 1 if event_ndim is None else event_ndim
     leaves = [*inputs(shape, dtype)] if op != "packed" else [packed_like(shape).to(dtype)]
     leaves += [*inputs(shape, dtype, seed=1)] if prior else []

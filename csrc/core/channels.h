@@ -164,7 +164,8 @@ inline void to_logical_order(const C* from, int channels, int positions, C* __re
 // ---- tiles of a tensor, in the order of memory
 
 // Calls body(offset, at, n, stride, count) for what a tile has of each item, or for all if the items are contiguous:
-// `count` runs of n elements, the first at `offset` in the tensor and at `at` in the tile, `stride` apart in the tensor.
+// `count` runs of n elements, the first at `offset` in the tensor and at `at` in the tile, `stride` apart in the
+// tensor.
 template <class Body>
 REPARAM_INLINE void for_runs_of_tile(const Operand& t, const ChannelTile& tile, Body body) {
   const int64_t item_stride = t.ndim == 3 ? t.stride[0] : 0, stride = t.stride[t.ndim - 1];

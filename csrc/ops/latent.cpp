@@ -95,7 +95,8 @@ inline void posterior(const Constants<C> c, int n, const C* mu, const C* x, cons
 template <class C>
 struct Sums {
   const Chunks& chunks;
-  double *kl = nullptr, *log_q = nullptr;  // the sums of chunks if a row is longer than one: [chunks], [samples, chunks]
+  double *kl = nullptr,
+         *log_q = nullptr;  // the sums of chunks if a row is longer than one: [chunks], [samples, chunks]
   int64_t chunk = 0;
   StreamSums<C>* stream = nullptr;
 };
@@ -415,9 +416,8 @@ inline void forward_as(const LatentArguments& a, int threads) {
   const Sums<C> all{chunks, kl_partials.data, log_q_partials.data};
   const ChannelTiles tiles(a, (kl || log_q) && a.cols > 1, threads);
   if (tiles.count > 0) {
-    parallel_for(tiles.count, a.n, threads, [&](int64_t first, int64_t last) {
-      forward_tiles(a, c, tiles, first, last, all);
-    });
+    parallel_for(tiles.count, a.n, threads,
+                 [&](int64_t first, int64_t last) { forward_tiles(a, c, tiles, first, last, all); });
   } else {
     parallel_for(chunks.count, a.n * (a.samples > 1 ? a.samples : 1), threads, [&](int64_t first, int64_t last) {
       Sums<C> sums = all;
@@ -438,15 +438,13 @@ inline void backward_as(const LatentArguments& a, int threads) {
   const Constants<C> c(a.options);
   const ChannelTiles tiles(a, false, threads);
   if (tiles.count > 0) {
-    parallel_for(tiles.count, a.n, threads, [&](int64_t first, int64_t last) {
-      backward_tiles(a, c, tiles, first, last);
-    });
+    parallel_for(tiles.count, a.n, threads,
+                 [&](int64_t first, int64_t last) { backward_tiles(a, c, tiles, first, last); });
     return;
   }
   const Chunks chunks(a.n, a.cols);
   parallel_for(chunks.count, a.n * (a.samples > 1 ? a.samples : 1), threads, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i)
-      backward_run(a, c, chunks.begin(i), (int)(chunks.end(i) - chunks.begin(i)));
+    for (int64_t i = first; i < last; ++i) backward_run(a, c, chunks.begin(i), (int)(chunks.end(i) - chunks.begin(i)));
   });
 }
 

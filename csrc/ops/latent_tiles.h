@@ -1,6 +1,6 @@
-// The latent layer on tensors whose channels lie next to each other. A tile is computed in the order of memory, in which
-// its elements are read and written in place. Only what belongs to the logical order is transposed: the noise, and the
-// terms of sums. So every bit is that of contiguous tensors.
+// The latent layer on tensors whose channels lie next to each other. A tile is computed in the order of memory, in
+// which its elements are read and written in place. Only what belongs to the logical order is transposed: the noise,
+// and the terms of sums. So every bit is that of contiguous tensors.
 #pragma once
 #include "core/channels.h"
 #include "core/sum.h"
@@ -9,8 +9,8 @@
 namespace reparam {
 namespace {
 
-constexpr int kTileChannels = 16;   // float32 of a cache line
-constexpr int kTilePositions = 256;  // so many that making their noise is as fast as for a chunk
+constexpr int kTileChannels = 16;                      // float32 of a cache line
+constexpr int kTilePositions = 256;                    // so many that making their noise is as fast as for a chunk
 constexpr int kTile = kTileChannels * kTilePositions;  // the most elements
 static_assert(kTile >= kChunk);
 constexpr int kTileGap = 80;  // elements between buffers, so that they do not meet in one set of a cache
@@ -116,17 +116,20 @@ struct ChannelTiles {
     if (one_stream()) block = index, index = 0;
     const int64_t channel = block % per_item_blocks() * channels, position = index * positions;
     const int64_t more_channels = l.channels - channel, more = l.positions - position;
-    return {block / per_item_blocks(), channel,
-            position,                  1,
-            (int)(more_channels < channels ? more_channels : channels), (int)(more < positions ? more : positions)};
+    return {block / per_item_blocks(),
+            channel,
+            position,
+            1,
+            (int)(more_channels < channels ? more_channels : channels),
+            (int)(more < positions ? more : positions)};
   }
 
  private:
   REPARAM_INLINE int64_t per_item_blocks() const { return (layout.channels + channels - 1) / channels; }
 };
 
-// One thread's tile: the arguments with which the kernels see it, as contiguous tensors without sums, and the memory for
-// what they cannot read or write in place.
+// One thread's tile: the arguments with which the kernels see it, as contiguous tensors without sums, and the memory
+// for what they cannot read or write in place.
 template <class C>
 struct TileCall {
   LatentArguments local;
@@ -274,7 +277,8 @@ struct TileCall {
 
   // True if all elements of a tile are in one row.
   REPARAM_INLINE bool one_row(const ChannelTile& tile) const {
-    const int64_t last = first_of(tile, tile.channels - 1) + (tile.items - 1) * tiles.layout.channels * tiles.layout.positions;
+    const int64_t last =
+        first_of(tile, tile.channels - 1) + (tile.items - 1) * tiles.layout.channels * tiles.layout.positions;
     return first_of(tile, 0) / a.cols == (last + tile.positions - 1) / a.cols;
   }
   inline void fill_row(Bound& b, const ChannelTile& tile, C* to) {
