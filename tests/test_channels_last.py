@@ -231,11 +231,11 @@ def ops_arguments():
         ((last(mu), last(x)), {"sample_shape": (2,)}),
     ):
         kl = "density" not in options
-        yield make_arguments("test", *tensors, z=True, kl=kl, seed=1, **options), shape
+        yield make_arguments("test", *tensors, z=True, kl=kl, seed=1, **options)
 
 
 def test_opcheck():
-    for call, shape in ops_arguments():
+    for call in ops_arguments():
         args = list(LATENT.flatten(call))
         args[:4] = [t if t is None else t.detach().requires_grad_() for t in args[:4]]
         torch.library.opcheck(torch.ops.reparam_kernels.latent.default, args)
