@@ -212,7 +212,9 @@ void latent_forward(const CallOptions& options, int threads, const Tensors<std::
   const auto& [mu, x, mu_p, x_p, seed, eps, z, kl, log_q] = tensors;
   if (log_q && !z) throw_invalid("z");
   LatentArguments a = latent_arguments(options, mu, x, mu_p, x_p, seed, eps, z, kl, log_q);
-  for (const BorrowedTensor* t : {&z, &kl, &log_q}) t->check_contiguous();
+  for (const BorrowedTensor* t : {&z, &kl, &log_q}) {
+    a.cols == 1 || t == &z ? t->check_no_overlap() : t->check_contiguous();  // sums are written in row-major order
+  }
   a.z = z.operand();
   a.kl = kl.operand();
   a.log_q = log_q.operand();

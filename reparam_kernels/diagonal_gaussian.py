@@ -9,6 +9,7 @@ from torch import Tensor, distributions
 from .core import checks
 from .core.dtypes import compute_dtype
 from .core.execute import execute
+from .core.formats import format_of, in_format
 from .core.window import Window
 from .ops.latent.arguments import Arguments, Density, make_arguments, unpacked
 from .ops.latent.formula import clamped, log_sigma, sigma_of
@@ -205,7 +206,7 @@ class DiagonalGaussian:
 
     def mode(self) -> Tensor:
         """Return a copy of mu, which may be changed in place, as a sample may."""
-        return self.mean.clone(memory_format=torch.contiguous_format)
+        return in_format(self.mean.clone(), format_of(self.mean))
 
     def _sum(self, values: Tensor) -> Tensor:
         dims = len(self.event_shape)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .core import checks
 from .core import window as windows
+from .core.formats import format_of, in_format
 from .core.window import Window
 from .ops.latent import Prior, kl_divergence, reparameterize_kl
 from .ops.latent.arguments import check_options
@@ -83,7 +84,7 @@ class GaussianHead(nn.Module):
                 windows.no_eps("GaussianHead", window, eps)
                 windows.check("GaussianHead", window, tuple(mu.shape), sample_shape)
             mean = mu.expand(*sample_shape, *mu.shape)
-            z = mean.clone(memory_format=torch.contiguous_format)  # z may change in place, and backward of kl needs mu
+            z = in_format(mean.clone(), format_of(mean))  # a copy: z may change in place, and backward of kl needs mu
             return z, kl_divergence(mu, x, prior=prior, **options)
         return reparameterize_kl(
             mu,

@@ -27,15 +27,17 @@ class Variant(NamedTuple):
     call: Callable[[], object]
 
 
-def latent(shape, dtype, kl_only=False, packed=False, prior=None, **options):
+def latent(shape, dtype, kl_only=False, packed=False, last=False, prior=None, **options):
     """Make a call of one op, forward and backward."""
     leaf = partial(torch.zeros, dtype=DTYPES[dtype], requires_grad=True)
     leaves = [leaf(2 * shape[0], *shape[1:])] if packed == 0 and packed is not False else [leaf(shape), leaf(shape)]
     pair = None
     if packed is not False:
         moments = leaf(*(2 * n if i == packed else n for i, n in enumerate(shape)))
+        if last:
+            moments = moments.detach().to(memory_format=torch.channels_last).requires_grad_()
         z, kl = rk.DiagonalGaussian.from_moments(moments, packed).rsample_kl(seed=1)
-        return torch.autograd.grad((z, kl), moments, (torch.zeros(z.shape, dtype=z.dtype), torch.zeros(kl.shape)))
+        return torch.autograd.grad((z, kl), moments, (torch.zeros_like(z), torch.zeros_like(kl)))
     if prior == "tensors":
         leaves += [leaf(shape), leaf(shape)]
         pair = tuple(leaves[2:])
@@ -131,6 +133,7 @@ def every() -> Iterator[Variant]:
         yield variant("seeds, odd D", (1024, 255), dtype, seed=seeds)
         yield variant("seeds, odd D, samples", (1024, 255), dtype, seed=seeds, sample_shape=(3,))
         yield variant("packed channels", (16, 4, 32, 32), dtype, packed=1)
+        yield variant("packed channels_last", (16, 16, 32, 32), dtype, packed=1, last=True)
         yield variant("packed, D of 20", (1024, 20), dtype, packed=1)
         yield variant("odd D", (4096, 5), dtype)
         yield variant("huge rows", (16, 65536), dtype)

@@ -159,8 +159,11 @@ void BorrowedTensor::check_contiguous() const {
 void BorrowedTensor::check_no_overlap() const {
   if (!name || numel() == 0) return;
   for (int i = 0; i < t.ndim; ++i) {
-    int64_t inner = 1;
-    for (int k = i + 1; k < t.ndim; ++k) inner += (t.shape[k] - 1) * t.strides[k];
+    int64_t inner = 1;  // the reach of the dims with smaller strides; of dims with equal ones the latter are inner
+    for (int k = 0; k < t.ndim; ++k) {
+      const bool inside = t.strides[k] < t.strides[i] || (t.strides[k] == t.strides[i] && k > i);
+      if (k != i && inside) inner += (t.shape[k] - 1) * t.strides[k];
+    }
     if (t.shape[i] > 1 && t.strides[i] < inner) throw_invalid(name);
   }
 }

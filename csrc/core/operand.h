@@ -120,5 +120,14 @@ inline void store(const Operand& t, int64_t first, int n, const C* from) {
   });
 }
 
+// Writes elements that were not written to target().
+template <class C>
+inline void put(const Operand& t, int64_t first, int n, const C* from) {
+  if (!in_place<C>(t)) return store(t, first, n, from);
+  C* to = target<C>(t, first, nullptr);
+#pragma omp simd
+  for (int i = 0; i < n; ++i) to[i] = from[i];
+}
+
 }  // namespace
 }  // namespace reparam

@@ -43,6 +43,43 @@ REPARAM_INLINE double ordered_sum(const C* k, int n) {
   return sum + tail;
 }
 
+// The same sum of numbers that come in parts.
+template <class C>
+struct OrderedSum {
+  Four a{}, b{};
+  C rest[16];  // of the last sixteen
+  int n_rest = 0;
+
+  inline void add(const C* k, int n) {
+    int i = 0;
+    if (n_rest > 0) {
+      for (; i < n && n_rest < 16; ++i) rest[n_rest++] = k[i];
+      if (n_rest < 16) return;
+      add_sixteen(rest);
+    }
+    for (; i + 16 <= n; i += 16) add_sixteen(k + i);
+    for (n_rest = 0; i < n; ++i) rest[n_rest++] = k[i];
+  }
+  inline double finish() const {
+    Four all = a;
+    int i = 0;
+    if (n_rest >= 8) {
+      all += pair_sums(rest);
+      i = 8;
+    }
+    all += b;
+    double tail = 0;
+    for (; i < n_rest; ++i) tail += rest[i];
+    return ((all[0] + all[2]) + (all[1] + all[3])) + tail;
+  }
+
+ private:
+  REPARAM_INLINE void add_sixteen(const C* k) {
+    a += pair_sums(k);
+    b += pair_sums(k + 8);
+  }
+};
+
 // Sums rows that are longer than a chunk, by adding the sums of their chunks in order.
 template <class C>
 inline void sum_partials(const double* partials, const Chunks& chunks, C* sums) {

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "ops/latent_log_q.h"
+#include "ops/latent_tiles.h"
 #include "ops/option_tags.h"
 
 namespace reparam {
@@ -70,26 +71,33 @@ inline void posterior(const Constants<C> c, int n, const C* mu, const C* x, cons
   }
 }
 
-// Stores the sums of a chunk's rows in `sums` or, if a row is longer than a chunk, the sum of the chunk in partials.
+// What the sums of a run of elements need. The run is a chunk, or a part of a stream of elements.
 template <class C>
-inline void store_sums(const LatentArguments& a, const Chunks& chunks, int64_t chunk, int64_t first, int n, const C* k,
-                       C* sums, double* partials) {
-  if (chunks.per_row > 1) {
-    partials[chunk] = ordered_sum(k, n);
-  } else if (a.cols == 1) {
-#pragma omp simd
-    for (int i = 0; i < n; ++i) sums[first + i] = k[i];
+struct Sums {
+  const Chunks& chunks;
+  double *kl = nullptr,
+         *log_q = nullptr;  // the sums of chunks if a row is longer than one: [chunks], [samples, chunks]
+  int64_t chunk = 0;
+  StreamSums<C>* stream = nullptr;
+};
+
+// Stores elements in `sums`, or the sums of rows or, if a row is longer than a chunk, the sums of chunks in partials.
+template <class C>
+inline void store_sums(const LatentArguments& a, const Sums<C>& s, int64_t sample, int64_t first, int n, const C* k,
+                       const Operand& sums, double* partials) {
+  C* const rows = (C*)sums.data + sample * a.rows;
+  if (a.cols == 1) {
+    put(sums, sample * a.rows + first, n, k);
+  } else if (s.stream) {
+    s.stream->add(s.chunks, first, n, k, rows, partials);
+  } else if (s.chunks.per_row > 1) {
+    partials[sample * s.chunks.count + s.chunk] = ordered_sum(k, n);
   } else {
     const int cols = (int)a.cols;
-    C* row = sums + first / cols;
+    C* row = rows + first / cols;
     for (int i = 0; i < n; i += cols) *row++ = (C)ordered_sum(k + i, cols);
   }
 }
-
-// Where the sums of chunks go if a row is longer than one.
-struct Partials {
-  double *kl = nullptr, *log_q = nullptr;  // [chunks], [samples, chunks]
-};
 
 template <class C, Pass kPass>
 inline void fill_densities(const LatentArguments& a, const Constants<C>& c, int n, const Inputs<C>& in, bool inverse,
@@ -108,8 +116,8 @@ inline void fill_densities(const LatentArguments& a, const Constants<C>& c, int 
 
 // Computes z and, if asked, log_q of each sample by way of the densities.
 template <class C>
-inline void forward_densities(const LatentArguments& a, const Constants<C>& c, const Chunks& chunks, int64_t chunk,
-                              int64_t first, int n, const Inputs<C>& in, Partials partials) {
+inline void forward_densities(const LatentArguments& a, const Constants<C>& c, int64_t first, int n,
+                              const Inputs<C>& in, const Sums<C>& sums) {
   DensityArrays<C> e;
   Scratch<C> eps_s, z_s, terms;
   fill_densities<C, Pass::forward>(a, c, n, in, false, e);
@@ -122,26 +130,22 @@ inline void forward_densities(const LatentArguments& a, const Constants<C>& c, c
       log_q_terms<C, false, true>(e, n, in.mu, eps, z, terms.data);
     else
       log_q_terms<C, false, false>(e, n, in.mu, eps, z, terms.data);
-    store(a.z, sample * a.n + first, n, z);
-    if (a.log_q.data)
-      store_sums(a, chunks, chunk, first, n, terms.data, (C*)a.log_q.data + sample * a.rows,
-                 partials.log_q ? partials.log_q + sample * chunks.count : nullptr);
+    if (a.z.data) store(a.z, sample * a.n + first, n, z);
+    if (a.log_q.data) store_sums(a, sums, sample, first, n, terms.data, a.log_q, sums.log_q);
   }
 }
 
 template <class C>
-inline void forward_chunk(const LatentArguments& a, const Constants<C>& c, const Chunks& chunks, int64_t chunk,
-                          Partials partials) {
-  const int64_t first = chunks.begin(chunk);
-  const int n = (int)(chunks.end(chunk) - first);
+__attribute__((noinline)) void forward_run(const LatentArguments& a, const Constants<C>& c, int64_t first, int n,
+                                           const Sums<C>& sums) {
   const Inputs<C> in(a, c, first, n);
-  if (a.log_q.data || a.options.tanh) return forward_densities(a, c, chunks, chunk, first, n, in, partials);
+  if (a.log_q.data || a.options.tanh) return forward_densities(a, c, first, n, in, sums);
   Scratch<C> sigma, kl, eps_s, z_s;
   dispatch_options(a, [&](auto param, auto prior) {
     posterior<C, param.value, prior.value>(c, n, in.mu, in.x, in.mu_p, in.x_p, sigma.data,
                                            a.kl.data ? kl.data : nullptr);
   });
-  if (a.kl.data) store_sums(a, chunks, chunk, first, n, kl.data, (C*)a.kl.data, partials.kl);
+  if (a.kl.data) store_sums(a, sums, 0, first, n, kl.data, a.kl, sums.kl);
   if (!a.z.data) return;
   for (int64_t sample = 0; sample < a.samples; ++sample) {
     const C* eps = load_or_make_eps(a.eps, sample, first, n, eps_s);
@@ -296,14 +300,15 @@ inline void backward_log_q(const LatentArguments& a, const Constants<C> c, int64
                            C* __restrict dmu, C* __restrict dx) {
   const UpstreamGrads<C> g(a, first, n);
   RowGrads<C> dlog_q(a, first, n);
-  Scratch<C> of_rows, dlog_sigma, none;
+  Scratch<C> of_rows, dlog_sigma_s, none;
   for (int i = 0; i < dlog_q.rows; ++i) of_rows.data[i] = 0;
   for (int64_t sample = 0; sample < a.samples; ++sample) {
     const C* row = dlog_q.of(a, sample, first);
 #pragma omp simd
     for (int i = 0; i < dlog_q.rows; ++i) of_rows.data[i] -= row[i];
   }
-  repeat_rows(of_rows.data, dlog_q.rows, a.cols, first, n, dlog_sigma.data);
+  if (a.cols > 1) repeat_rows(of_rows.data, dlog_q.rows, a.cols, first, n, dlog_sigma_s.data);
+  const C* dlog_sigma = a.cols > 1 ? dlog_sigma_s.data : of_rows.data;
   const C *dz = g.dz, *dsigma = g.dsigma, *mu = in.mu, *x = in.x;
   if (!dz) {
     for (int i = 0; i < n; ++i) none.data[i] = 0;
@@ -315,7 +320,7 @@ inline void backward_log_q(const LatentArguments& a, const Constants<C> c, int64
 #pragma omp simd
       for (int i = 0; i < n; ++i) {
         const Densities<C> e = densities<param.value, false>(c, mu[i], x[i], C(0), C(0));
-        const C s = dsigma[i] + C(0), l = dlog_sigma.data[i];  // a sum that starts at 0 is never -0
+        const C s = dsigma[i] + C(0), l = dlog_sigma[i];  // a sum that starts at 0 is never -0
         dmu[i] = dz[i] + C(0);
         dx[i] = fma(s, factor<with_zeros.value>(s, e.dsigma), l * factor<with_zeros.value>(l, e.slope));
       }
@@ -338,18 +343,22 @@ inline void backward_densities(const LatentArguments& a, const Constants<C>& c, 
   for (int i = 0; !a.dlog_q.data && i < n; ++i) dlog_q_s.data[i] = 0;
   for (int64_t sample = 0; sample < a.samples; ++sample) {
     const C* eps = load_or_make_eps(a.eps, sample, first, n, eps_s);
-    const C* dz = dz_s.data;
+    const C *dz = dz_s.data, *of_elements = dlog_q_s.data;
     if (a.dz.data) dz = load(a.dz, sample * a.n + first, n, dz_s.data);
     bool zeros = a.eps.given.data || !a.dlog_q.data || any_zero_or_nan(n, dz);
     if (a.dlog_q.data) {
       const C* row = dlog_q.of(a, sample, first);
-      repeat_rows(row, dlog_q.rows, a.cols, first, n, dlog_q_s.data);
       zeros = zeros || any_zero_or_nan(dlog_q.rows, row);
+      if (a.cols == 1) {
+        of_elements = row;
+      } else {
+        repeat_rows(row, dlog_q.rows, a.cols, first, n, dlog_q_s.data);
+      }
     }
     const auto add = [&](auto ratio, auto tanh) {
       with_bool(o.path_derivative, [&](auto path) {
         with_bool(zeros, [&](auto with_zeros) {
-          sums.template add<ratio.value, tanh.value, path.value, with_zeros.value>(e, n, in.mu, eps, dz, dlog_q_s.data);
+          sums.template add<ratio.value, tanh.value, path.value, with_zeros.value>(e, n, in.mu, eps, dz, of_elements);
         });
       });
     };
@@ -365,9 +374,7 @@ inline void backward_densities(const LatentArguments& a, const Constants<C>& c, 
 }
 
 template <class C>
-inline void backward_chunk(const LatentArguments& a, const Constants<C>& c, const Chunks& chunks, int64_t chunk) {
-  const int64_t first = chunks.begin(chunk);
-  const int n = (int)(chunks.end(chunk) - first);
+__attribute__((noinline)) void backward_run(const LatentArguments& a, const Constants<C>& c, int64_t first, int n) {
   const Inputs<C> in(a, c, first, n);
   const GradOutput<C> dmu(a.dmu, first), dx(a.dx, first), dmu_p(a.dmu_p, first), dx_p(a.dx_p, first);
   if (a.dlog_q.data || (a.dz.data && a.options.tanh)) {
@@ -405,6 +412,33 @@ inline void backward_chunk(const LatentArguments& a, const Constants<C>& c, cons
   dmu.store(n), dx.store(n), dmu_p.store(n), dx_p.store(n);
 }
 
+// ---- tiles
+
+template <class C>
+__attribute__((noinline)) void forward_tiles(const LatentArguments& a, const Constants<C>& c, const ChannelTiles& tiles,
+                                             int64_t first_span, int64_t last_span, const Sums<C>& all) {
+  TileCall<C> call(a, tiles);
+  LatentArguments only_sums = a;
+  only_sums.z = {};
+  Sums<C> sums = all;
+  double* const partials = all.kl ? all.kl : all.log_q;
+  const auto run = [&](const LatentArguments& part, int64_t first, int n) { forward_run(part, c, first, n, all); };
+  const auto rest = [&](int64_t first, StreamSums<C>& stream) {
+    sums.stream = &stream;
+    if (stream.open(first)) forward_run(only_sums, c, first, (int)(stream.end - first), sums);
+  };
+  for (int64_t i = first_span; i < last_span; ++i) for_tiles(call, tiles, i, all.chunks, partials, run, rest);
+}
+
+template <class C>
+__attribute__((noinline)) void backward_tiles(const LatentArguments& a, const Constants<C>& c,
+                                              const ChannelTiles& tiles, int64_t first_span, int64_t last_span) {
+  TileCall<C> call(a, tiles);
+  const auto run = [&](const LatentArguments& part, int64_t first, int n) { backward_run(part, c, first, n); };
+  const auto rest = [](int64_t, const StreamSums<C>&) {};
+  for (int64_t i = first_span; i < last_span; ++i) for_tiles(call, tiles, i, Chunks(a.n, a.cols), nullptr, run, rest);
+}
+
 // ---- the op
 
 template <class C>
@@ -420,22 +454,38 @@ inline void forward_as(const LatentArguments& a, int threads) {
   const bool long_rows = chunks.per_row > 1;
   const HeapArray kl_partials(kl && long_rows ? chunks.count : 0);
   const HeapArray log_q_partials(log_q && long_rows ? a.samples * chunks.count : 0);
-  const Partials partials{kl_partials.data, log_q_partials.data};
-  parallel_for(chunks.count, a.n * (a.samples > 1 ? a.samples : 1), threads, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) forward_chunk<C>(a, c, chunks, i, partials);
-  });
-  if (partials.kl) sum_partials(partials.kl, chunks, kl);
-  for (int64_t sample = 0; partials.log_q && sample < a.samples; ++sample)
-    sum_partials(partials.log_q + sample * chunks.count, chunks, log_q + sample * a.rows);
+  const Sums<C> all{chunks, kl_partials.data, log_q_partials.data};
+  const ChannelTiles tiles(a, (kl || log_q) && a.cols > 1, threads);
+  if (tiles.count > 0) {
+    parallel_for(tiles.count, a.n, threads,
+                 [&](int64_t first, int64_t last) { forward_tiles(a, c, tiles, first, last, all); });
+  } else {
+    parallel_for(chunks.count, a.n * (a.samples > 1 ? a.samples : 1), threads, [&](int64_t first, int64_t last) {
+      Sums<C> sums = all;
+      for (int64_t i = first; i < last; ++i) {
+        sums.chunk = i;
+        forward_run(a, c, chunks.begin(i), (int)(chunks.end(i) - chunks.begin(i)), sums);
+      }
+    });
+  }
+  if (all.kl) sum_partials(all.kl, chunks, kl);
+  for (int64_t sample = 0; all.log_q && sample < a.samples; ++sample)
+    sum_partials(all.log_q + sample * chunks.count, chunks, log_q + sample * a.rows);
 }
 
 template <class C>
 inline void backward_as(const LatentArguments& a, int threads) {
   if (a.n == 0) return;
   const Constants<C> c(a.options);
+  const ChannelTiles tiles(a, false, threads);
+  if (tiles.count > 0) {
+    parallel_for(tiles.count, a.n, threads,
+                 [&](int64_t first, int64_t last) { backward_tiles(a, c, tiles, first, last); });
+    return;
+  }
   const Chunks chunks(a.n, a.cols);
   parallel_for(chunks.count, a.n * (a.samples > 1 ? a.samples : 1), threads, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) backward_chunk<C>(a, c, chunks, i);
+    for (int64_t i = first; i < last; ++i) backward_run(a, c, chunks.begin(i), (int)(chunks.end(i) - chunks.begin(i)));
   });
 }
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import backends, torch_modes
+from .formats import empty_like, format_of
 
 A = TypeVar("A", bound=Any)  # the type of the arguments
 Outputs = tuple[Tensor | None, ...]
@@ -44,6 +45,7 @@ SIZES = tuple[int, ...]  # the type of an option that may be symbolic, so a laun
 class Shape(NamedTuple):
     sizes: tuple[int, ...]
     dtype: torch.dtype
+    memory_format: torch.memory_format = torch.contiguous_format
 
 
 class Op(Generic[A]):
@@ -62,9 +64,10 @@ class Op(Generic[A]):
         autograd keeps fewer.
     shapes: arguments -> a Shape for each output and each saved tensor, None for one not asked for.
     package: holds cpu.py and triton.py, each with forward(arguments) -> outputs and backward(arguments, output
-        gradients, wanted) -> input gradients, contiguous. An op with saved tensors also has
-        forward_saving(arguments) -> outputs, saved.
+        gradients, wanted) -> input gradients. An op with saved tensors also has forward_saving(arguments) -> outputs,
+        saved.
     expands: the inputs that may be smaller than their gradients from the kernels, which are then summed.
+    keeps_format: the kernels give each gradient in the format of its input, by formats.py; else contiguous.
     with_noise: arguments -> arguments whose random numbers are tensors, the same numbers as the kernels would use.
     shard: arguments with DTensors -> those of this process's part, and a function that makes DTensors of its outputs.
         Default: DTensors are refused.
@@ -83,13 +86,14 @@ class Op(Generic[A]):
         package: str,
         gradient_formula: Callable[[A, Outputs], Outputs] | None = None,
         expands: tuple[str, ...] = (),
+        keeps_format: bool = False,
         kept: Callable[[A], A] = lambda arguments: arguments,
         with_noise: Callable[[A], A] = lambda arguments: arguments,
         shard: Callable[[A], tuple[A, Callable[[Outputs], Outputs]]] | None = None,
     ) -> None:
         self.name, self.arguments, self.formula, self.shapes = name, arguments, formula, shapes
         self.package, self.with_noise, self.shard = package, with_noise, shard
-        self.gradient_formula, self.kept = gradient_formula, kept
+        self.gradient_formula, self.kept, self.keeps_format = gradient_formula, kept, keeps_format
         hints = get_type_hints(arguments)
         *tensors, options = hints
         self._expands = [inputs.index(name) for name in expands]
@@ -140,6 +144,10 @@ class Op(Generic[A]):
 
     # Gradients.
 
+    def empty_gradient(self, t: Tensor) -> Tensor:
+        """Return an uninitialised gradient to an input."""
+        return empty_like(t) if self.keeps_format else torch.empty_like(t, memory_format=torch.contiguous_format)
+
     def gradients(self, arguments: A, grads: Outputs, wanted: Sequence[bool]) -> Outputs:
         """Compute the gradients to the inputs by the kernels, each in the shape and dtype of its input."""
         for g in grads:
@@ -149,7 +157,10 @@ class Op(Generic[A]):
         for i in self._expands:
             g = input_grads[i]
             if g is not None and g.shape != arguments[i].shape:
-                input_grads = (*input_grads[:i], sum_to_shape(g, arguments[i]), *input_grads[i + 1 :])
+                summed = sum_to_shape(g, arguments[i])
+                if self.keeps_format and format_of(arguments[i]) is not torch.contiguous_format:
+                    summed = empty_like(arguments[i]).copy_(summed)
+                input_grads = (*input_grads[:i], summed, *input_grads[i + 1 :])
         return input_grads
 
     def registered_gradients(self, arguments: A, grads: Outputs, wanted: Sequence[bool]) -> Outputs:
@@ -278,7 +289,7 @@ class ForwardRules:
 
     def fake(self, *values: Any) -> list[Tensor]:
         shapes = self.op.shapes(self.op.from_launch(values)[0])
-        return [values[0].new_empty(s.sizes, dtype=s.dtype) for s in shapes if s is not None]
+        return [empty_as(s, values[0]) for s in shapes if s is not None]
 
     def save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         kept = self.op.kept(self.op.unflatten(inputs))
@@ -321,10 +332,11 @@ class BackwardRules:
         op, values = self.op, plain_tensors(values)
         arguments, wanted = op.from_launch(values[: -op.n_outputs])
         grads = zip(op.gradients(arguments, values[-op.n_outputs :], wanted), arguments, wanted, strict=False)
-        return [t.new_zeros(t.shape) if g is None else g for g, t, want in grads if want and t is not None]
+        return [op.empty_gradient(t).zero_() if g is None else g for g, t, want in grads if want and t is not None]
 
     def fake(self, *values: Any) -> list[Tensor]:
-        return [t.new_empty(t.shape) for t, asked in zip(values, self.asked(values), strict=False) if asked]
+        asked = zip(values, self.asked(values), strict=False)
+        return [self.op.empty_gradient(t) for t, is_asked in asked if is_asked]
 
     def save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         flat, grads, ctx.wanted = self.split(inputs)
@@ -423,6 +435,11 @@ def one_or_all(values: Any) -> Any:
 
 def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def empty_as(shape: Shape, like: Tensor) -> Tensor:
+    """Return an uninitialised tensor of a shape, on the device of another one."""
+    return torch.empty(shape.sizes, dtype=shape.dtype, device=like.device, memory_format=shape.memory_format)
 
 
 def plain_tensors(values: tuple[Any, ...]) -> tuple[Any, ...]:

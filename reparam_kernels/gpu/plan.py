@@ -8,6 +8,7 @@ are numbers that the kernel takes at run time.
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -132,6 +133,7 @@ class LaunchSpec(NamedTuple):
     other_tensors: tuple[View | None, ...]  # contiguous
     sample_stride: int  # between the samples of dz
     window: WindowClass | None
+    by_channels: bool = False  # the rows are channels, by channels_can_be_rows
 
 
 class Layout(NamedTuple):
@@ -150,6 +152,7 @@ class Layout(NamedTuple):
     row_len: int = 0  # 0: rows are not packed
     packed_rows: int = 0
     packed_strided: bool = False
+    channels: int = 0  # of an item, if the rows are channels
 
 
 class Plan(NamedTuple):
@@ -215,8 +218,59 @@ def coalesce(view: View) -> Run:
     return Run(0, 0, 1, copied=True)
 
 
+MOST_CHANNELS = 16  # of a tile: a float32 of each fills two sectors of memory
+
+
+def channel_strides(view: View) -> Strides | None:
+    """Return the strides of a tensor [items, channels, *positions] whose positions lie at equal distances."""
+    positions = [(size, stride) for size, stride in zip(view.shape[2:], view.stride[2:], strict=True) if size != 1]
+    if not positions or any(stride != size * inner for (_, stride), (size, inner) in pairwise(positions)):
+        return None
+    row, col = view.stride[1], positions[-1][1]
+    return Strides(view.stride[0], None if row == 1 else row, None if col == 1 and row != 1 else col)
+
+
+def channels_can_be_rows(spec: LaunchSpec) -> bool:
+    """Return True if the channels of mu or x lie next to each other, and a kernel can read the operands by channels."""
+    if len(spec.shape) < 3 or spec.samples != 1 or (spec.kl_ndim or 0) > 2 or spec.operands[0] is None:
+        return False
+    channels = spec.shape[1]
+    if channels % MOST_CHANNELS and channels not in (2, 4, 8):
+        return False
+    if spec.window is not None and spec.window.depth() > 2:
+        return False
+    views = [view for view in spec.operands if view is not None]
+    strides = [channel_strides(view) for view in views if view.shape == spec.shape]
+    return len(strides) == len(views) and None not in strides and any(s and s.row is None for s in strides[:2])
+
+
+def channel_layout(spec: LaunchSpec) -> Layout:
+    """Make each channel of each item a row."""
+    channels, positions = spec.shape[1], math.prod(spec.shape[2:])
+    strides = tuple(None if view is None else channel_strides(view) for view in spec.operands)
+    copied = (False,) * len(strides)
+    return Layout(2, spec.shape[0] * channels, positions, positions, channels, strides, copied, channels=channels)
+
+
+def channel_vector_size(spec: LaunchSpec, layout: Layout, rows: int) -> int:
+    """Return the widest vector, up to 16 bytes, along the channels or the positions of every operand."""
+    sizes = [rows]
+    for s in layout.strides:
+        if s is not None:
+            sizes += [stride for stride in s if stride is not None]
+    vec = 16 // spec.dtype.itemsize
+    while vec > 1 and not (
+        all(size % vec == 0 for size in sizes)
+        and all(v is None or v.alignment % min(vec * v.itemsize, 16) == 0 for v in spec.operands)
+    ):
+        vec //= 2
+    return vec
+
+
 def make_layout(spec: LaunchSpec) -> Layout:
     """Make rows as long as the operands' runs, the seeds and the KL sums allow."""
+    if spec.by_channels:
+        return channel_layout(spec)
     shape = spec.shape
     runs = [None if view is None else coalesce(view) for view in spec.operands]
     least = 0 if spec.window is None else spec.window.depth()
@@ -309,7 +363,7 @@ def vector_size(spec: LaunchSpec, layout: Layout) -> int:
         sizes.append(spec.sample_stride)
     tensors = [view for view in spec.other_tensors if view is not None]
     for view, strides, copied in zip(spec.operands, layout.strides, layout.copied, strict=True):
-        if view is not None and strides is not None:
+        if view is not None and strides is not None and not layout.channels:
             tensors.append(view._replace(alignment=16) if copied else view)
             sizes += [stride for stride in (strides.outer, strides.row) if stride is not None]
     vec = 16 // spec.dtype.itemsize
@@ -325,6 +379,8 @@ def block_of(spec: LaunchSpec, layout: Layout, positions: int, block_elements: i
     """Return how many columns a tile has."""
     if layout.depth == 0:
         return block_elements
+    if layout.channels:
+        return min(max(next_power_of_2(positions), 4), block_elements // min(layout.channels, MOST_CHANNELS))
     block = max(next_power_of_2(positions), 4)
     if has_lengths(spec, layout):  # few blocks, since each is compiled
         return min(b for b in (32, 128, 512, block_elements) if b >= min(block, block_elements))
@@ -341,6 +397,8 @@ def make_tiling(spec: LaunchSpec, layout: Layout, block_elements: int) -> tuple[
     positions = layout.cols + 3 * unaligned
     block = block_of(spec, layout, positions, block_elements)
     rows, chunks = block_elements // block, cdiv(positions, block)
+    if layout.channels:
+        rows = min(layout.channels, MOST_CHANNELS)
     blocks = cdiv(layout.rows, rows)
     grid_2d = blocks * chunks > (HIP_GRID_LIMIT if spec.compiler == "hip" else GRID_LIMIT)
     if grid_2d:
@@ -354,7 +412,9 @@ def make_tiling(spec: LaunchSpec, layout: Layout, block_elements: int) -> tuple[
     fixed = layout.depth > 0 and not layout.row_len and not has_lengths(spec, layout)
     reach = [0]
     for s in layout.strides:
-        if s is not None:
+        if s is not None and layout.channels:
+            reach.append((1 if s.row is None else abs(s.row)) * rows + (1 if s.col is None else abs(s.col)) * block)
+        elif s is not None:
             row = layout.cols * s.col if s.row is None else s.row
             reach.append(abs(row) * rows + abs(s.col) * block + abs(s.outer or 0) * max(layout.packed_rows, 1))
     numel = math.prod(spec.shape)
@@ -378,6 +438,8 @@ def make_tiling(spec: LaunchSpec, layout: Layout, block_elements: int) -> tuple[
         PACKED_STRIDED=layout.packed_strided,
         WINDOW=spec.window is not None,
         WINDOW_LEVELS=len(window_levels(spec.window, spec.seeds, layout.depth)),
+        CHANNELS=layout.channels,
+        CHANNEL_VEC=channel_vector_size(spec, layout, rows) if layout.channels else 1,
     )
     return tiling, chunks
 

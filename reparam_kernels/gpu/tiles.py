@@ -5,6 +5,9 @@ makes four normals, a tile starts with a whole group of four: if the noise of a 
 group_offset positions belong to the row before and are masked off.
 
 If every short row has its own KL, PACKED_ROWS rows of ROW_LEN columns form one row of the kernel.
+
+If the channels of some operand lie next to each other, as in a channels_last tensor, a row is the positions of one
+channel of one item, and a tile has the same positions of several channels.
 """
 
 from typing import Any, NamedTuple
@@ -26,8 +29,8 @@ class Strides(NamedTuple):
     """How an operand is read by rows. Row r starts at r // rows_per_outer * outer + r % rows_per_outer * row."""
 
     outer: Any  # of packed rows: the stride from one to the next; None: not needed
-    row: Any  # None: rows are contiguous
-    col: Any
+    row: Any  # None: rows are contiguous; of channels: they lie next to each other
+    col: Any  # None, of channels only: positions lie next to each other
 
 
 class Counts(NamedTuple):
@@ -72,6 +75,8 @@ class Tiling(NamedTuple):
     PACKED_STRIDED: bool  # packed rows lie `outer` apart, not contiguous
     WINDOW: bool  # the elements lie in a larger whole, whose noise they take
     WINDOW_LEVELS: int  # of strides between the rows' indices in the whole
+    CHANNELS: int = 0  # of an item, if rows are channels; a tile's ROWS are in one item
+    CHANNEL_VEC: int = 1  # what VEC is, for the operands
 
 
 class Tile(NamedTuple):
@@ -169,8 +174,8 @@ def make_tile(shape, window_ptr, TILING: tl.constexpr):
         _, row_of_seed = seed_of(first_row + row, shape, TILING)
         group_offset = (row_of_seed * shape.cols % 4).to(tl.int32)
     col = tl.arange(0, TILING.BLOCK)[None, :] - group_offset
-    if TILING.ROWS == 1:
-        row_mask = tl.full([1, 1], True, tl.int1)  # the compiler drops it
+    if TILING.ROWS == 1 or TILING.CHANNELS:
+        row_mask = tl.full([TILING.ROWS, 1], True, tl.int1)  # the compiler drops it
     else:
         row_mask = row < tl.minimum(shape.rows - first_row, TILING.ROWS).to(tl.int32)
     mask = tl.broadcast_to(row_mask, [TILING.ROWS, TILING.BLOCK])
@@ -203,12 +208,33 @@ def row_pointers(ptr, row_stride, col_stride, packed_stride, tile, TILING: tl.co
 
 
 @triton.jit
+def channel_pointers(ptr, strides, tile, TILING: tl.constexpr):
+    """Return pointers to a tile's elements if rows are channels. The tile's channels are in one item."""
+    VEC: tl.constexpr = TILING.CHANNEL_VEC
+    CHANNELS: tl.constexpr = TILING.CHANNELS
+    first = tile.first_row // CHANNELS * strides.outer
+    if strides.row is None:
+        first += tile.first_row % CHANNELS + tile.first_col * strides.col
+        offset = tile.row + tl.multiple_of(tile.col * strides.col, [VEC, VEC])
+    elif strides.col is None:
+        first += tile.first_row % CHANNELS * strides.row + tile.first_col
+        offset = tl.multiple_of(tile.row * strides.row, [VEC, VEC]) + tile.col
+    else:
+        first += tile.first_row % CHANNELS * strides.row + tile.first_col * strides.col
+        offset = tile.row * strides.row + tile.col * strides.col
+    SIZE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+    return tl.multiple_of(ptr + tl.multiple_of(first, VEC), min(VEC * SIZE, 16)) + offset
+
+
+@triton.jit
 def pointers(ptr, strides, tile, shape, TILING: tl.constexpr):
     """Return pointers to a tile's elements of an operand."""
     row_stride = strides.row
     if strides.row is None:
         row_stride = shape.cols
-    if TILING.HAS_OUTER_STRIDE:
+    if TILING.CHANNELS:
+        return channel_pointers(ptr, strides, tile, TILING)
+    elif TILING.HAS_OUTER_STRIDE:
         VEC: tl.constexpr = TILING.VEC
         a, b = divmod_rows(tile.first_row + tile.row, shape.rows_per_outer, TILING)
         offset = a * strides.outer + b * row_stride + tile.first_col * strides.col

@@ -51,7 +51,8 @@ def reparameterize(
         clamp: (low, high), applied to the second argument first; the gradient is kept at a bound, and 0 outside.
 
     Returns:
-        z, of mu's dtype: computed in float32 (float64 for float64), rounded once.
+        z, of mu's dtype: computed in float32 (float64 for float64), rounded once. It is channels_last if mu is and
+        there are no sample dims, else contiguous.
 
     Raises:
         TypeError, ValueError: if the shapes, dtypes, devices or options do not fit. Nothing is broadcast, cast or moved

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ... import _C
-from ...core.cpu import empty, explain
+from ...core.cpu import explain
 from ...core.dtypes import compute_dtype
+from ...core.formats import empty_like, format_of
 from .arguments import Arguments, Config, empty_prior_gradient, expanded_prior, unpacked
 
 
@@ -28,10 +29,20 @@ _kept_options = lru_cache(maxsize=256)(_make_options)
 
 
 def _empty_kl(mu: Tensor, event_ndim: int) -> Tensor:
-    sizes, dtype = mu.shape[: mu.dim() - event_ndim], compute_dtype(mu.dtype)
+    dtype = compute_dtype(mu.dtype)
+    if event_ndim == 0:
+        return torch.empty_like(mu, dtype=dtype, memory_format=format_of(mu))
+    sizes = mu.shape[: mu.dim() - event_ndim]
     if len(sizes) == 1 and mu.dtype is dtype:
         return mu.new_empty(sizes[0])  # half the time of a tuple and of a keyword
     return mu.new_empty(sizes, dtype=dtype)
+
+
+def _empty_log_q(mu: Tensor, config: Config) -> Tensor:
+    if not config.sample_shape:
+        return _empty_kl(mu, config.event_ndim)
+    rows = mu.shape[: mu.dim() - config.event_ndim]
+    return mu.new_empty(config.sample_shape + rows, dtype=compute_dtype(mu.dtype))
 
 
 def forward(arguments: Arguments) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -42,12 +53,11 @@ def forward(arguments: Arguments) -> tuple[Tensor | None, Tensor | None, Tensor 
         mu_p, x_p = expanded_prior(arguments, mu.shape)
     z = kl = log_q = None
     if config.z:
-        z = mu.new_empty(config.sample_shape + mu.shape) if config.sample_shape else empty(mu)
+        z = mu.new_empty(config.sample_shape + mu.shape) if config.sample_shape else empty_like(mu)
     if config.kl:
         kl = _empty_kl(mu, config.event_ndim)
     if config.log_q:
-        rows = mu.shape[: mu.dim() - config.event_ndim]
-        log_q = mu.new_empty(config.sample_shape + rows, dtype=compute_dtype(mu.dtype))
+        log_q = _empty_log_q(mu, config)
     try:
         _C.latent_forward(_options(config), torch.get_num_threads(), mu, x, mu_p, x_p, seed, eps, z, kl, log_q)
     except _C.InvalidArgument as refusal:
@@ -64,12 +74,12 @@ def backward(
     dz, dkl, dlog_q = grads
     packed = dmu = dx = dmu_p = dx_p = None
     if x is not None:
-        dmu = empty(mu) if wanted[0] else None
-        dx = empty(mu) if wanted[1] else None
+        dmu = empty_like(mu) if wanted[0] else None
+        dx = empty_like(x) if wanted[1] else None
     else:
         mu, x = unpacked(arguments)
         if wanted[0]:
-            packed = empty(arguments.mu)
+            packed = empty_like(arguments.mu)
             dmu, dx = packed.chunk(2, config.packed or 0)
     if mu_p is not None:
         mu_p, x_p = expanded_prior(arguments, mu.shape)

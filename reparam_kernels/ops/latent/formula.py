@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ...core.dtypes import compute_dtype, has_float64
+from ...core.dtypes import has_float64
+from ...core.formats import in_format
 from ..noise.formula import reference_noise
-from .arguments import Arguments, Config, unpacked
+from .arguments import Arguments, Config, shapes, unpacked
 
 
 def log_sigma(x: Tensor, param: str, min_std: float) -> Tensor:
@@ -104,19 +105,23 @@ def elementwise_log_q(config: Config, inputs: Inputs) -> Tensor:
 
 
 def outputs(arguments: Arguments, for_z: Inputs, for_kl: Inputs, for_log_q: Inputs) -> tuple[Tensor | None, ...]:
-    config, dtype = arguments.config, arguments.mu.dtype
+    config = arguments.config
 
     def summed(terms: Tensor) -> Tensor:
-        total = terms.sum(dim=tuple(range(-config.event_ndim, 0))) if config.event_ndim else terms
-        return total.to(compute_dtype(dtype)).contiguous()
+        return terms.sum(dim=tuple(range(-config.event_ndim, 0))) if config.event_ndim else terms
 
-    z = None
+    z = kl = log_q = None
     if for_z.eps is not None:
         z = for_z.mu + sigma_of(for_z.x, config.param, config.min_std) * for_z.eps
-        z = (torch.tanh(z) if config.tanh else z).to(dtype).contiguous()
-    kl = summed(elementwise_kl(config, *for_kl[:4])) if config.kl else None
-    log_q = summed(elementwise_log_q(config, for_log_q)) if config.log_q else None
-    return z, kl, log_q
+        z = torch.tanh(z) if config.tanh else z
+    if config.kl:
+        kl = summed(elementwise_kl(config, *for_kl[:4]))
+    if config.log_q:
+        log_q = summed(elementwise_log_q(config, for_log_q))
+    asked = zip((z, kl, log_q), shapes(arguments), strict=True)
+    return tuple(
+        None if t is None or shape is None else in_format(t.to(shape.dtype), shape.memory_format) for t, shape in asked
+    )
 
 
 def formula(arguments: Arguments) -> tuple[Tensor | None, ...]:

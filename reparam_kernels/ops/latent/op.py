@@ -38,6 +38,7 @@ LATENT = Op(
     package=__package__,
     gradient_formula=gradient_formula,
     expands=("mu_p", "x_p"),
+    keeps_format=True,
     kept=kept,
     with_noise=with_noise,
     shard=shard,

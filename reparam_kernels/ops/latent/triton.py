@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ...core.dtypes import compute_dtype, has_float64
+from ...core.formats import empty_like
+from ...core.op import empty_as
 from ...gpu.gaussian import Options
 from ...gpu.launch import PLANS, Launch, compiler, signatures, window_tensor
 from ...gpu.plan import (
@@ -18,15 +20,18 @@ from ...gpu.plan import (
     Levels,
     Plan,
     WindowClass,
+    channels_can_be_rows,
     classify_window,
+    coalesce,
     plan_launch,
+    view_of,
     views_of,
     window_numbers,
 )
 from ...gpu.tiles import Strides, Tiling
 from . import triton_density_kernels as density_kernels
 from . import triton_kernels as kernels
-from .arguments import PARAMS, Arguments, Config, empty_prior_gradient, expanded_prior, unpacked
+from .arguments import PARAMS, Arguments, Config, empty_prior_gradient, expanded_prior, shapes, unpacked
 
 SUM_BLOCK = 1024  # parts that row_sum_kernel adds up at a time
 
@@ -64,6 +69,7 @@ class OperandStrides(NamedTuple):
     x_p: Strides | None
     dz: Strides | None = None
     grad: Strides | None = None  # of dmu and dx alike
+    z: Strides | None = None  # only if rows are channels; else it is contiguous
 
 
 class Planned(NamedTuple):
@@ -71,6 +77,7 @@ class Planned(NamedTuple):
 
     launch: Launch
     copied: tuple[bool, ...]  # the operands that have to be made contiguous first
+    staged: tuple[bool, ...]  # the outputs that the kernel writes to a contiguous tensor, from which they are copied
     parts: int  # of the KL sums, which `sums` adds up; 0: the kernel writes the KL itself
     sums: tuple[Launch, ...]  # each adds up the parts of as many KLs as a grid holds
     window_levels: Levels
@@ -126,7 +133,10 @@ def compile_time(arguments: Arguments, spec: LaunchSpec, planned: Plan) -> tuple
     """Return the last arguments of both kernels, which Triton compiles in."""
     scalar_prior = all(p is not None and p.numel() == 1 for p in (arguments.mu_p, arguments.x_p))
     options = make_options(arguments.config.without_window(), spec.dtype, scalar_prior, spec.kl_ndim is None)
-    return OperandStrides(*planned.layout.strides), options, planned.tiling
+    strides = OperandStrides(*planned.layout.strides)
+    if spec.kernel == "forward" and spec.by_channels:
+        strides = strides._replace(dz=None, z=strides.dz)
+    return strides, options, planned.tiling
 
 
 def plan_forward(
@@ -135,14 +145,20 @@ def plan_forward(
     """kl: the KL, or log_q, which has samples."""
     operands = [mu, x, *expanded_prior(arguments, mu.shape)]
     needs_noise = z is not None and z.numel() > 0
-    spec = make_spec("forward", arguments, mu, operands, [arguments.eps, z], kl, needs_noise)
+    spec = make_spec("forward", arguments, mu, [*operands, z], [arguments.eps], kl, needs_noise)
+    by_channels = channels_can_be_rows(spec)
+    staged = not (by_channels or is_contiguous(z)), not is_contiguous(kl)
+    z, kl = stage((z, kl), staged)
+    if not by_channels:
+        spec = make_spec("forward", arguments, mu, operands, [arguments.eps, z], kl, needs_noise)
+    spec = spec._replace(by_channels=by_channels)
     planned = plan_launch(spec)
     fixed = (*planned.numbers(), *compile_time(arguments, spec, planned))
     kernel = density_kernels.density_forward_kernel if uses_densities(arguments.config) else kernels.forward_kernel
     launch = Launch(kernel, mu.device, planned.grid, fixed, planned.compile_options())
     parts = planned.rows * planned.chunks * samples_of_kl
     if kl is None or spec.kl_ndim is None or planned.layout.row_len or parts == kl.numel():
-        return Planned(launch, planned.layout.copied, 0, (), planned.window_levels)
+        return Planned(launch, planned.layout.copied, staged, 0, (), planned.window_levels)
     most = min(kl.numel(), HIP_GRID_LIMIT if spec.compiler == "hip" else GRID_LIMIT)
     fixed = parts // kl.numel(), has_float64(mu.device), SUM_BLOCK
     options = {"num_warps": 4, "enable_fp_fusion": False}
@@ -150,7 +166,7 @@ def plan_forward(
         Launch(kernels.row_sum_kernel, mu.device, (min(most, kl.numel() - first),), fixed, options)
         for first in range(0, kl.numel(), most)
     ]
-    return Planned(launch, planned.layout.copied, parts, tuple(sums), planned.window_levels)
+    return Planned(launch, planned.layout.copied, staged, parts, tuple(sums), planned.window_levels)
 
 
 def plan_backward(
@@ -161,17 +177,51 @@ def plan_backward(
     first_dz, sample_stride = dz, 0
     if dz is not None and config.sample_shape:
         first_dz, sample_stride = dz[0], dz.stride(0)
-    operands = [mu, x, *expanded_prior(arguments, mu.shape), first_dz, dx if dmu is None else dmu]
-    others = [arguments.eps, dx, dmu_p, dx_p]
+    operands = [mu, x, *expanded_prior(arguments, mu.shape), first_dz]
     by_densities = uses_densities(config)
     needs_noise = dz is not None or by_densities
-    spec = make_spec("backward", arguments, mu, operands, others, dkl, needs_noise, sample_stride)
+
+    def spec_of(dmu: Tensor | None, dx: Tensor | None, dmu_p: Tensor | None, dx_p: Tensor | None) -> LaunchSpec:
+        written, others = dx if dmu is None else dmu, [arguments.eps, dx, dmu_p, dx_p]
+        return make_spec("backward", arguments, mu, [*operands, written], others, dkl, needs_noise, sample_stride)
+
+    alike = dmu is None or dx is None or dmu.stride() == dx.stride()
+    by_channels = alike and channels_can_be_rows(spec_of(*grads))
+    staged = (
+        *(not (by_channels or is_contiguous(t) or (alike and has_runs(t))) for t in (dmu, dx)),
+        *(not is_contiguous(t) for t in (dmu_p, dx_p)),
+    )
+    spec = spec_of(*stage(grads, staged))._replace(by_channels=by_channels)
     planned = plan_launch(spec)
     stride = mu.numel() if planned.layout.copied[4] else sample_stride  # a copy of dz is contiguous
     fixed = (stride, *planned.numbers(), *compile_time(arguments, spec, planned))
     kernel = density_kernels.density_backward_kernel if by_densities else kernels.backward_kernel
     launch = Launch(kernel, mu.device, planned.grid, fixed, planned.compile_options())
-    return Planned(launch, planned.layout.copied, 0, (), planned.window_levels)
+    return Planned(launch, planned.layout.copied, staged, 0, (), planned.window_levels)
+
+
+def is_contiguous(t: Tensor | None) -> bool:
+    return t is None or t.is_contiguous()
+
+
+def has_runs(t: Tensor | None) -> bool:
+    """Return True if a kernel can write a gradient through its strides, as the halves of packed ones."""
+    return t is None or not coalesce(view_of(t)).copied
+
+
+def stage(outputs: Sequence[Tensor | None], staged: Sequence[bool]) -> list[Tensor | None]:
+    """Return the outputs as the kernel writes them."""
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if stages and t is not None else t
+        for t, stages in zip(outputs, staged, strict=True)
+    ]
+
+
+def finish(outputs: Sequence[Tensor | None], written: Sequence[Tensor | None]) -> None:
+    """Copy what was staged to the outputs."""
+    for t, staged in zip(outputs, written, strict=True):
+        if t is not None and staged is not None and staged is not t:
+            t.copy_(staged)
 
 
 def uses_densities(config: Config) -> bool:
@@ -185,11 +235,8 @@ def contiguous(operands: Sequence[Tensor | None], copied: tuple[bool, ...]) -> l
 
 def forward(arguments: Arguments) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     mu, x = unpacked(arguments)
-    config, shape, dtype = arguments.config, mu.shape, compute_dtype(mu.dtype)
-    rows = shape[: len(shape) - config.event_ndim]
-    z = mu.new_empty(config.sample_shape + shape) if config.z else None
-    kl = mu.new_empty(rows, dtype=dtype) if config.kl else None
-    log_q = mu.new_empty(config.sample_shape + rows, dtype=dtype) if config.log_q else None
+    config = arguments.config
+    z, kl, log_q = (None if shape is None else empty_as(shape, mu) for shape in shapes(arguments))
     if mu.numel() > 0:
         launch_forward(arguments, mu, x, z, log_q if config.log_q else kl)
     else:
@@ -216,12 +263,14 @@ def launch_forward(arguments: Arguments, mu: Tensor, x: Tensor, z: Tensor | None
     if True in planned.copied:
         operands = contiguous([mu, x, *expanded_prior(arguments, mu.shape)], planned.copied)
     window = window_of(arguments, mu, planned.window_levels)
+    outputs = stage((z, kl), planned.staged) if True in planned.staged else (z, kl)
     if planned.parts and kl is not None:
         parts = kl.new_empty(planned.parts)
-        planned.launch(*operands, seed, eps, window, z, parts)
+        planned.launch(*operands, seed, eps, window, outputs[0], parts)
         sum_parts(planned.sums, parts, kl)
     else:
-        planned.launch(*operands, seed, eps, window, z, kl)
+        planned.launch(*operands, seed, eps, window, *outputs)
+    finish((z, kl), outputs)
 
 
 def sum_parts(sums: tuple[Launch, ...], parts: Tensor, kl: Tensor) -> None:
@@ -245,11 +294,11 @@ def backward(
     want_mu, want_x, *want_prior = wanted
     packed = dmu = dx = None
     if arguments.x is None and want_mu:
-        packed = arguments.mu.new_empty(arguments.mu.shape)
+        packed = empty_like(arguments.mu)
         dmu, dx = packed.chunk(2, arguments.config.packed or 0)
     else:
-        dmu = mu.new_empty(mu.shape) if want_mu else None
-        dx = mu.new_empty(mu.shape) if want_x else None
+        dmu = empty_like(mu) if want_mu else None
+        dx = empty_like(x) if want_x else None
     priors = zip((arguments.mu_p, arguments.x_p), want_prior, strict=True)
     dmu_p, dx_p = (empty_prior_gradient(p, mu) if want and dkl is not None else None for p, want in priors)
     if mu.numel() > 0:
@@ -279,4 +328,6 @@ def launch_backward(
     if True in planned.copied:
         *operands, dz = contiguous([mu, x, *expanded_prior(arguments, mu.shape), dz], planned.copied[:-1])
     window = window_of(arguments, mu, planned.window_levels)
-    planned.launch(*operands, seed, eps, window, dz, dkl, dmu, dx, dmu_p, dx_p)
+    written = stage(grads, planned.staged) if True in planned.staged else grads
+    planned.launch(*operands, seed, eps, window, dz, dkl, *written)
+    finish(grads, written)

@@ -12,7 +12,7 @@ from ...gpu.density import densities, log_density, log_ratio_of_densities, squas
 from ...gpu.elementary import fma
 from ...gpu.gaussian import in_bounds, slope_at
 from ...gpu.tiles import contiguous_pointers, load, make_shape, make_tile, noise, pointers, sample_pointer, store
-from .triton_kernels import load_dkl, load_latent, store_kl
+from .triton_kernels import load_dkl, load_latent, sample_pointers, store_kl
 
 
 @triton.jit
@@ -50,6 +50,7 @@ def density_forward_kernel(
     tile = make_tile(shape, window_ptr, TILING)
     latent = load_latent(mu_ptr, x_ptr, mu_p_ptr, x_p_ptr, strides, tile, shape, OPTIONS, TILING)
     e = densities(latent, OPTIONS, mu_p_ptr is not None)
+    z_strides = strides.z  # triton 3.6 loses constants of nested records at a loop
     for i in range(shape.samples):
         sample = tile.first_col * 0 + i  # 64-bit
         eps = noise(seed_ptr, eps_ptr, window_ptr, sample, tile, shape, OPTIONS.FLOAT64, TILING)
@@ -62,8 +63,7 @@ def density_forward_kernel(
             t = squash(z)
             z = t.value
             terms = terms - t.log_slope
-        sample_ptr = sample_pointer(z_ptr, sample, total, TILING)
-        store(contiguous_pointers(sample_ptr, tile, shape, TILING), z, tile.mask)
+        store(sample_pointers(z_ptr, z_strides, sample, tile, shape, TILING), z, tile.mask)
         if log_q_ptr is not None:
             sums = sample * shape.rows * shape.chunks
             ptr = log_q_pointer(log_q_ptr, sample, sums, shape, OPTIONS, TILING)

@@ -75,6 +75,15 @@ def load_dkl(ptr, tile, shape, OPTIONS: tl.constexpr, TILING: tl.constexpr):
         return tl.load(ptr + row, mask=tile.row_mask)
 
 
+@triton.jit
+def sample_pointers(z_ptr, strides, sample, tile, shape, TILING: tl.constexpr):
+    """Return pointers to a tile's elements of one sample. If rows are channels, there is one."""
+    if TILING.CHANNELS:
+        return pointers(z_ptr, strides, tile, shape, TILING)
+    else:
+        return contiguous_pointers(sample_pointer(z_ptr, sample, shape.total, TILING), tile, shape, TILING)
+
+
 @triton.jit(do_not_specialize=["rows", "cols", "total", "chunks"])
 def forward_kernel(
     mu_ptr,  # operands, read through their strides
@@ -84,7 +93,7 @@ def forward_kernel(
     seed_ptr,  # int64 [rows / rows_per_seed]
     eps_ptr,  # the caller's noise, [samples, rows, cols]
     window_ptr,  # int64, as window_numbers of gpu/plan.py makes them
-    z_ptr,  # [samples, rows, cols]
+    z_ptr,  # [samples, rows, cols], or an operand if rows are channels
     kl_ptr,  # [rows, cols] if elementwise, else a sum for each row and chunk [rows, chunks], or for each packed row
     rows,
     cols,
@@ -101,13 +110,13 @@ def forward_kernel(
     e = element(latent, OPTIONS, mu_p_ptr is not None)
     if kl_ptr is not None:
         store_kl(kl_ptr, e.kl2, 0.5, tile, shape, OPTIONS, TILING)
+    z_strides = strides.z  # triton 3.6 loses constants of nested records at a loop
     if z_ptr is not None:
         for i in range(shape.samples):
             sample = tile.first_col * 0 + i  # 64-bit
             eps = noise(seed_ptr, eps_ptr, window_ptr, sample, tile, shape, OPTIONS.FLOAT64, TILING)
             z = fma(e.sigma, eps, latent.mu)
-            sample_ptr = sample_pointer(z_ptr, sample, total, TILING)
-            store(contiguous_pointers(sample_ptr, tile, shape, TILING), z, tile.mask)
+            store(sample_pointers(z_ptr, z_strides, sample, tile, shape, TILING), z, tile.mask)
 
 
 @triton.jit(do_not_specialize=["dz_sample_stride", "rows", "cols", "total", "chunks"])
