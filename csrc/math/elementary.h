@@ -86,8 +86,9 @@ REPARAM_INLINE float log1p(float w) { return log1p(split(1.f + w, w)); }  // w >
 REPARAM_INLINE float log(float u) {
   const bool tiny = u < 0x1p-126f;
   const float v = tiny ? u * 0x1p24f : u;
-  const int32_t bits = bit_cast<int32_t>(v), e = (int32_t)((uint32_t)bits - 0x3f3504f3u) >> 23;
-  const Split s = {(float)e - (tiny ? 24.f : 0.f), bit_cast<float>(bits - (int32_t)((uint32_t)e << 23)) - 1.f};
+  const uint32_t bits = bit_cast<uint32_t>(v);
+  const int32_t e = (int32_t)(bits - 0x3f3504f3u) >> 23;
+  const Split s = {(float)e - (tiny ? 24.f : 0.f), bit_cast<float>(bits - ((uint32_t)e << 23)) - 1.f};
   return u > 0.f ? (u < kInf ? log1p(s) : u) : (u == 0.f ? -kInf : kNan);
 }
 
@@ -97,12 +98,12 @@ struct Binary {
   C exponent, mantissa;
 };
 REPARAM_INLINE Binary<float> binary(float x) {
-  const int32_t bits = bit_cast<int32_t>(x), e = (bits >> 23) - 127;
-  return {(float)e, bit_cast<float>(bits - (int32_t)((uint32_t)e << 23))};
+  const int32_t e = (bit_cast<int32_t>(x) >> 23) - 127;
+  return {(float)e, bit_cast<float>(bit_cast<uint32_t>(x) - ((uint32_t)e << 23))};
 }
 REPARAM_INLINE Binary<double> binary(double x) {
-  const int64_t bits = bit_cast<int64_t>(x), e = (bits >> 52) - 1023;
-  return {(double)e, bit_cast<double>(bits - (int64_t)((uint64_t)e << 52))};
+  const int64_t e = (bit_cast<int64_t>(x) >> 52) - 1023;
+  return {(double)e, bit_cast<double>(bit_cast<uint64_t>(x) - ((uint64_t)e << 52))};
 }
 
 REPARAM_INLINE float expm1(float x) { return exp_half(2.f * x).d; }
