@@ -3,10 +3,16 @@
 If TEST_DEVICE names a GPU, the tests of the Triton kernels run there, and no others.
 """
 
+import atexit
 import importlib
 import os
+import shutil
 import sys
+import tempfile
 
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # else the usual one may hold what another version has compiled
+    folder = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 os.environ["TRITON_INTERPRET"] = "1" if os.environ.get("TEST_DEVICE", "cpu") == "cpu" else "0"  # before triton's import
 
 import numpy as np

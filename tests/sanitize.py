@@ -19,7 +19,7 @@ import pybind11
 from tests.report import machine, table
 
 ROOT = Path(__file__).parent.parent
-FLAGS = ["-std=c++17", "-g", "-O2", "-fopenmp-simd"]
+FLAGS = ["-std=c++17", "-g1", "-O2", "-fopenmp-simd"]
 FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 CHECKS = ["-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
 LEVELS = {"baseline": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}

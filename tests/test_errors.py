@@ -435,7 +435,7 @@ BINDING = {
     "mixed shapes": ("x", torch.zeros(4, 2)),
     "half a prior": ("x_p", torch.zeros(4, 3)),
     "small z": ("z", torch.zeros(4, 2)),
-    "strided z": ("z", torch.zeros(3, 4).t()),
+    "overlapping z": ("z", torch.zeros(3).expand(4, 3)),
     "z's dtype": ("z", torch.zeros(4, 3).half()),
     "kl's shape": ("kl", torch.zeros(3)),
     "kl's dtype": ("kl", torch.zeros(4).double()),
