@@ -28,7 +28,7 @@ PARTS = {
     "small": Part(f"{OPS} --op sample kl", "3"),
     "cold": Part(f"{OPS} --op latent sample kl --shape 8x30 128x20 512x128 --cold", "6"),
     "ops": Part(f"{OPS} --op prior sample kl --shape 512x128 1024x1024", "5"),
-    "packed": Part(f"{OPS} --op packed", "1"),
+    "packed": Part(f"{OPS} --op packed images --shape 16x4x64x64 4x16x64x64", "1"),
     "densities": Part(f"{OPS} --op log_prob tanh mc_kl --shape 128x20 512x128 1024x1024 --rounds 20", "7"),
     "mixtures": Part(f"{OPS} --op joint dims both --rounds 8", "7"),
     "half": Part(f"{OPS} --op latent --dtype bfloat16 float16 --shape 512x128 1024x1024", "4"),

@@ -122,6 +122,7 @@ def test_wrong_options_are_refused_with_the_reason(monkeypatch, capsys, asked, e
 
 CASES = {name: Case(shape=(40, 300), **asked) for name, asked in bench.OPS.items() if "rand" not in asked["op"]}
 CASES |= {name: case._replace(shape=(40, 30, 10)) for name, case in CASES.items() if "mixture" in case.op}
+CASES["images"] = CASES["images"]._replace(shape=(40, 3, 10, 10))
 CASES |= {f"{name} with prior": CASES[name]._replace(prior=True) for name in ("kl", "mc_kl")}
 
 

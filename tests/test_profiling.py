@@ -141,6 +141,7 @@ def test_without_matplotlib_only_a_picture_is_refused(run, monkeypatch):
         (["--op", "reparameterize_mc_kl", "--packed"], "--packed needs a method of rk.DiagonalGaussian"),
         (["--picture", "p.svg"], "must be a .png file in a folder that exists; got 'p.svg'"),
         (["--trace", "no/folder/t.json"], "must be a .json file in a folder that exists"),
+        (["--channels-last"], "--channels-last needs a shape of four or five dims; got 512x128"),
         (["--prior", "--op", "reparameterize"], "--prior needs an op with a KL"),
         (["--samples", "2", "--op", "kl_divergence"], "--samples needs an op that samples"),
         (["--device", "nonsense"], "--device: must be a device that torch can use here; got 'nonsense'"),

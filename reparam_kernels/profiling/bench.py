@@ -22,6 +22,7 @@ OPS: dict[str, dict[str, Any]] = {  # what each name measures
     "latent": {"op": "reparameterize_kl"},
     "prior": {"op": "reparameterize_kl", "prior": True},
     "packed": {"op": "reparameterize_kl", "packed": True},
+    "images": {"op": "reparameterize_kl", "packed": True, "channels_last": True},
     "sample": {"op": "reparameterize"},
     "kl": {"op": "kl_divergence"},
     "log_prob": {"op": "reparameterize_log_prob"},
@@ -34,6 +35,7 @@ OPS: dict[str, dict[str, Any]] = {  # what each name measures
 }
 SHAPES = {
     "packed": "16x4x64x64",
+    "images": "16x4x64x64",
     "sample": "8x30 128x20",  # which real models call many times in a step
     "kl": "8x30 128x20",
     "tanh": "256x6 256x17 1024x1024",
@@ -42,7 +44,7 @@ SHAPES = {
     "both": "256x256x10 1024x1024x10",
 }
 USUAL = "8x30 128x20 512x128 256x1024 1024x1024 4096x1024"
-QUICK = {"packed": "16x4x8x8", "joint": "64x64x10", "dims": "64x64x10", "both": "64x64x10"}
+QUICK = {"packed": "16x4x8x8", "images": "16x4x8x8", "joint": "64x64x10", "dims": "64x64x10", "both": "64x64x10"}
 PASSES = ("forward", "forward with grad", "forward+backward")  # those of measure.passes
 ROUNDS_IF_QUICK = 12
 DESCRIPTION = """Time the ops of this package beside plain torch, torch.distributions and
@@ -52,6 +54,7 @@ EPILOG = f"""ops (--op) and their usual shapes:
   latent    z and KL                         usual
   prior     the same, with a learned prior   usual
   packed    the same, of packed moments      {SHAPES["packed"]}
+  images    the same, in channels_last       {SHAPES["images"]}
   sample    z alone                          {SHAPES["sample"]}
   kl        KL alone                         {SHAPES["kl"]}
   log_prob  z and log q(z)                   usual

@@ -15,6 +15,7 @@ OPS = (
     "reparameterize_mc_kl",
     "mixture_log_prob",
 )
+MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Case(NamedTuple):
@@ -29,6 +30,7 @@ class Case(NamedTuple):
     samples: int | None = None
     prior: bool = False
     packed: bool = False
+    channels_last: bool = False
     squash: bool = False
     of: str = "joint"
 
@@ -47,6 +49,8 @@ class Case(NamedTuple):
             return f"--packed needs a method of rk.DiagonalGaussian; got --op {self.op}{' --squash' * self.squash}"
         if self.packed and len(self.shape) < 2:
             return f"--packed needs a shape of two or more dims; got {self.shape[0]}"
+        if self.channels_last and (mixture or len(self.shape) not in MEMORY_FORMATS):
+            return f"--channels-last needs a shape of four or five dims; got {self.shape_text}"
         if self.of != "joint" and not mixture:
             return f"--of needs --op mixture_log_prob; got --op {self.op}"
         if mixture and len(self.shape) != 3:
@@ -64,7 +68,12 @@ class Case(NamedTuple):
     @property
     def title(self) -> str:
         parts = [self.op, self.shape_text, self.dtype_text, f"param {self.param}"]
-        parts += ["packed"] * self.packed + ["with prior"] * self.prior + ["squashed"] * self.squash
+        parts += (
+            ["packed"] * self.packed
+            + ["channels_last"] * self.channels_last
+            + ["with prior"] * self.prior
+            + ["squashed"] * self.squash
+        )
         parts += [f"{self.samples} samples"] if self.samples else []
         return ", ".join([*parts, f"of {self.of}"] if self.op == "mixture_log_prob" else parts)
 
@@ -108,6 +117,8 @@ class Case(NamedTuple):
         else:
             pairs = [(made(0.5 if self.squash else 1.0), made_x()) for _ in range(2 if self.prior else 1)]
             tensors = [torch.cat(pair, dim=1) for pair in pairs] if self.packed else [t for pair in pairs for t in pair]
+        if self.channels_last:
+            tensors = [t.contiguous(memory_format=MEMORY_FORMATS[t.dim()]) for t in tensors]
         return [t.requires_grad_() for t in tensors]
 
     def split(self, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

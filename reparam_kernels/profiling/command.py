@@ -40,6 +40,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=options.positive, default=None, metavar="K", help="sample_shape=(K,)")
     parser.add_argument("--prior", action="store_true", help="KL against a learned Gaussian, not N(0, I)")
     parser.add_argument("--packed", action="store_true", help="mu and logvar are halves of one tensor, along dim 1")
+    parser.add_argument("--channels-last", action="store_true", help="mu and logvar lie in channels_last")
     parser.add_argument("--squash", action="store_true", help="tanh of the sample; for reparameterize_log_prob")
     parser.add_argument("--of", choices=("joint", "dims", "both"), default="joint", metavar="OF",
                         help="what mixture_log_prob gives: joint, dims or both (the first)")  # fmt: skip
