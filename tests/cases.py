@@ -1,6 +1,7 @@
 """Shared by the op tests: inputs for any option, and exact results in float64."""
 
 import sys
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
@@ -32,6 +33,23 @@ def inputs(shape, dtype=torch.float32, param="logvar", scale=1.0, seed=0, requir
     if param == "std":
         x = x.exp() if scale >= 1 else 1 + x
     return Inputs(*(t.to(dtype).requires_grad_(requires_grad) for t in (mu, x)))
+
+
+@contextmanager
+def copies_refused(numel):
+    """Let a copy of a tensor with this many elements, or more, fail."""
+
+    def guarded(copy):
+        def checked(t, *args, **kwargs):
+            assert t.numel() < numel, "a copy"
+            return copy(t, *args, **kwargs)
+
+        return checked
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("contiguous", "clone", "copy_"):
+            patch.setattr(torch.Tensor, name, guarded(getattr(torch.Tensor, name)))
+        yield
 
 
 def sigma_of(x, param, min_std=0.0):

@@ -2,6 +2,7 @@
 
 import math
 
+from ...core.formats import format_of
 from ...core.op import Op
 from ..noise.op import noise_op
 from .arguments import Arguments, shapes, unpacked
@@ -21,11 +22,14 @@ def with_noise(arguments: Arguments) -> Arguments:
 
 
 def kept(arguments: Arguments) -> Arguments:
-    """Return the arguments that backward reads. The gradients of z, and of log q along with it, do not depend on mu."""
-    config = arguments.config
-    if arguments.x is None or config.kl or config.tanh or config.minus_log_p or config.path_derivative:
+    """Return the arguments that backward reads. The gradients of z, and of log q along with it, do not depend on mu.
+
+    x then stands for mu, whose gradient is to have the format of mu.
+    """
+    mu, x, config = arguments.mu, arguments.x, arguments.config
+    if x is None or config.kl or config.tanh or config.minus_log_p or config.path_derivative:
         return arguments
-    return arguments._replace(mu=arguments.x)
+    return arguments._replace(mu=x) if format_of(mu) is format_of(x) else arguments
 
 
 LATENT = Op(
