@@ -268,8 +268,8 @@ struct TileCall {
   inline const C* gradients_of_rows(const Operand& t, int64_t first, int n, C* wanted) {
     for (int at = 0; at < n;) {
       const int64_t row = (first + at) / a.cols, left = (row + 1) * a.cols - first - at;
-      C buffer;
-      const C g = *load(t, row, 1, &buffer);
+      C buffer[8];  // one is used, and GCC warns of the conversion of eight
+      const C g = *load(t, row, 1, buffer);
       for (const int stop = left < n - at ? at + (int)left : n; at < stop; ++at) wanted[at] = g;
     }
     return wanted;

@@ -36,7 +36,7 @@ REPARAM_INLINE Scale<C> scale_of(const Constants<C>& c, C unclamped) {
     const bool exponential = (c.min_std == 0) & (x < (sizeof(C) == 4 ? C(-17) : C(-37)));  // softplus(x) is exp(x)
     s = {exponential ? x : log(sigma), exponential ? inverse_exp(x) : 1 / sigma, exponential ? C(1) : p.slope / sigma};
   }
-  const bool inside = !c.clamped | ((unclamped >= c.low) & (unclamped <= c.high));
+  const bool inside = (!c.clamped) | ((unclamped >= c.low) & (unclamped <= c.high));
   s.slope = inside ? s.slope : C(0);
   return s;
 }

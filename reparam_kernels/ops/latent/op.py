@@ -29,7 +29,7 @@ def kept(arguments: Arguments) -> Arguments:
     mu, x, config = arguments.mu, arguments.x, arguments.config
     if x is None or config.kl or config.tanh or config.minus_log_p or config.path_derivative:
         return arguments
-    return arguments._replace(mu=x) if format_of(mu) is format_of(x) else arguments
+    return Arguments(x, *arguments[1:]) if format_of(mu) is format_of(x) else arguments
 
 
 LATENT = Op(
