@@ -5,7 +5,8 @@ Triton's launcher and ours run as they would, and a launch ends in a function th
 out the driver's own part of a launch, and the cost of CUDA memory and random numbers, for which the whole call adds
 OUTPUTS_AND_SEED.
 
-Inside torch.compile, a call on CPU tensors is measured beside a registered op that computes nothing.
+On a CPU, a sample alone is measured beside parts of it, and beside eager's lines. Inside torch.compile, a call is
+measured beside a registered op that computes nothing.
 """
 
 import argparse
@@ -33,13 +34,14 @@ from reparam_kernels.core import backends
 from reparam_kernels.gpu.launch import PLANS
 from reparam_kernels.ops.latent import cpu
 from reparam_kernels.ops.latent import triton as latent
-from reparam_kernels.ops.latent.arguments import make_arguments
+from reparam_kernels.ops.latent.arguments import Arguments, make_arguments
 from reparam_kernels.ops.noise import triton as noise
 from reparam_kernels.profiling import options
 from reparam_kernels.profiling.providers import compiled
 
 OUTPUTS_AND_SEED = 20.0  # us on a GPU: four outputs from the caching allocator, and the launch that draws a seed
 REPEATS, CALLS = 1000, 20  # short repeats, some of which nothing interrupts
+SAMPLE_SHAPES = [(8, 30), (128, 20)]
 COMPILED_SHAPES = [(128, 20), (512, 128)]
 SHAPES = [(128, 20), (16, 4, 64, 64)]
 
@@ -136,6 +138,52 @@ def calls_of(shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
     }
 
 
+def sample_calls(shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
+    """Return forward and backward of a sample alone on a CPU: eager's, its parts one after the other, and ours."""
+    mu, logvar = (torch.randn(shape, requires_grad=True) for _ in range(2))
+    dz, given_seed = torch.randn(shape), torch.zeros(1, dtype=torch.int64)
+    given = make_arguments("bench", mu.detach(), logvar.detach(), z=True, seed=given_seed)
+
+    def part(draws: bool, computes: bool) -> Callable[[], Any]:
+        """Return a call of an autograd.Function that checks nothing, with the draw of a seed, and with the kernels."""
+
+        class Part(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, mu: Tensor, logvar: Tensor) -> Tensor:
+                seed = torch.randint(2**63 - 1, (1,)) if draws else given_seed
+                ctx.save_for_backward(logvar, seed)
+                if not computes:
+                    return torch.empty_like(mu)
+                z, _, _ = cpu.forward(Arguments(mu, logvar, None, None, seed, None, given.config))
+                assert z is not None
+                return z
+
+            @staticmethod
+            def backward(ctx: Any, dz: Tensor) -> Any:
+                logvar, seed = ctx.saved_tensors
+                if not computes:
+                    return torch.empty_like(logvar), torch.empty_like(logvar)
+                arguments = Arguments(logvar, logvar, None, None, seed, None, given.config)
+                return cpu.backward(arguments, (dz, None, None), (True, True, False, False))[:2]
+
+        return lambda: Part.apply(mu, logvar)
+
+    def plain() -> Tensor:
+        std = torch.exp(0.5 * logvar)
+        return mu + std * torch.randn_like(std)
+
+    def step(sample: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(sample(), (mu, logvar), dz)
+
+    return {
+        "plain lines": step(plain),
+        "an autograd.Function of the same tensors": step(part(False, False)),
+        "and the draw of a seed": step(part(True, False)),
+        "and the kernels": step(part(True, True)),
+        "whole call": step(lambda: rk.reparameterize(mu, logvar)),
+    }
+
+
 def define_empty_op() -> Any:
     """Register an op with the tensors of reparameterize_kl and its gradient, which allocates and computes nothing."""
     library = torch.library.Library("reparam_kernels_bench", "FRAGMENT")
@@ -202,13 +250,16 @@ def measure(repeats: int) -> dict[str, Any]:
     def usual() -> None:
         three_arguments[(1,)](x, y, 1000, BLOCK=1024)
 
-    results: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__, "launch": {}, "compiled": {}}
+    results: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__}
+    results |= {"launch": {}, "sample": {}, "compiled": {}}
     with stub_driver():
         for shape in SHAPES:
             us = best({"three arguments": usual, **calls_of(shape)}, repeats)
             of_usual = {name: us[name] / us["three arguments"] for name in ("forward", "backward", "randn")}
             us["whole call on a GPU"] = us["whole call"] + OUTPUTS_AND_SEED
             results["launch"][str(list(shape))] = {"us": us, "of three arguments": of_usual}
+    for shape in SAMPLE_SHAPES:
+        results["sample"][str(list(shape))] = {"us": best(sample_calls(shape), repeats)}
     library = define_empty_op()
     for shape in COMPILED_SHAPES:
         torch.compiler.reset()
@@ -227,12 +278,13 @@ def main() -> None:
         print(json.dumps(results, indent=1))
         return
     print(f"torch {results['torch']}, triton {results['triton']}; us, the least of {args.repeats} repeats")
-    for part, shapes in (("launch on a GPU", results["launch"]), ("on a CPU, forward+backward", results["compiled"])):
-        for shape, figures in shapes.items():
-            print(f"{part}, {shape}")
+    parts = {"launch": "launch on a GPU", "sample": "a sample alone on a CPU", "compiled": "z and KL on a CPU"}
+    for part, title in parts.items():
+        for shape, figures in results[part].items():
+            print(f"{title}, {shape}")
             for name, us in figures["us"].items():
                 ratio = figures.get("of three arguments", {}).get(name)
-                print(f"  {name:<34} {us:7.2f}" + (f"  {ratio:5.2f} x three arguments" if ratio else ""))
+                print(f"  {name:<40} {us:7.2f}" + (f"  {ratio:5.2f} x three arguments" if ratio else ""))
 
 
 if __name__ == "__main__":

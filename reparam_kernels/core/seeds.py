@@ -57,6 +57,6 @@ def make_seed(
         return draw_seed(device, generator)
     if isinstance(seed, Tensor):
         checks.seed_tensor(where, seed, device, items)
-        return seed.reshape(-1).contiguous()
+        return seed if seed.dim() == 1 and seed.is_contiguous() else seed.reshape(-1).contiguous()
     value = checks.seed_in_range(where, seed)
     return torch.full((1,), value if value < 2**63 else value - 2**64, dtype=torch.int64, device=device)
