@@ -10,8 +10,7 @@ from torch import Tensor
 from ...core import checks, dtensor
 from ...core import window as windows
 from ...core.dtypes import FLOATS, compute_dtype, dtype_name
-from ...core.formats import empty_like, format_of
-from ...core.op import Shape, resolve_neg
+from ...core.op import resolve_neg
 from ...core.seeds import make_seed
 from ...core.window import Window
 
@@ -80,40 +79,6 @@ def expanded_prior(arguments: Arguments, shape: torch.Size) -> tuple[Tensor | No
     if arguments.mu_p is None or arguments.x_p is None:
         return None, None
     return arguments.mu_p.expand(shape), arguments.x_p.expand(shape)
-
-
-def empty_prior_gradient(like: Tensor | None, mu: Tensor) -> Tensor:
-    """Allocate a gradient to a prior in the shape of mu, in the compute dtype if it is to be summed later."""
-    if like is not None and like.shape == mu.shape and like.dtype == mu.dtype:
-        return empty_like(like)
-    return mu.new_empty(mu.shape, dtype=compute_dtype(mu.dtype))
-
-
-def format_of_mu(arguments: Arguments) -> torch.memory_format:
-    """Return the format of mu, which is that of the outputs in its shape."""
-    if arguments.mu.is_contiguous():
-        return torch.contiguous_format
-    return format_of(unpacked(arguments)[0])
-
-
-def shapes(arguments: Arguments) -> tuple[Shape | None, ...]:
-    """Return the shapes, dtypes and formats of z, kl and log_q. What has mu's shape has mu's format."""
-    config, mu = arguments.config, arguments.mu
-    if config.kl and config.log_q:  # no public function asks for both, and no kernel computes them at once
-        raise ValueError(
-            "latent: at most one of kl and log_q must be asked for; got both. Call the op twice, with one seed."
-        )
-    dims = list(mu.shape)
-    if config.packed is not None:
-        dims[config.packed] //= 2
-    whole, contiguous = format_of_mu(arguments), torch.contiguous_format
-    of_kl = whole if config.event_ndim == 0 else contiguous
-    z_format, of_log_q = (contiguous, contiguous) if config.sample_shape else (whole, of_kl)
-    z = Shape((*config.sample_shape, *dims), mu.dtype, z_format) if config.z else None
-    rows, dtype = tuple(dims[: len(dims) - config.event_ndim]), compute_dtype(mu.dtype)
-    kl = Shape(rows, dtype, of_kl) if config.kl else None
-    log_q = Shape((*config.sample_shape, *rows), dtype, of_log_q) if config.log_q else None
-    return z, kl, log_q
 
 
 def make_arguments(

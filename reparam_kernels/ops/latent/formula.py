@@ -15,7 +15,8 @@ from torch.nn.functional import softplus
 from ...core.dtypes import has_float64
 from ...core.formats import in_format
 from ..noise.formula import reference_noise
-from .arguments import Arguments, Config, shapes, unpacked
+from .arguments import Arguments, Config, unpacked
+from .outputs import shapes
 
 
 def log_sigma(x: Tensor, param: str, min_std: float) -> Tensor:

@@ -5,8 +5,9 @@ import math
 from ...core.formats import format_of
 from ...core.op import Op
 from ..noise.op import noise_op
-from .arguments import Arguments, shapes, unpacked
+from .arguments import Arguments, unpacked
 from .formula import formula, gradient_formula
+from .outputs import shapes
 from .sharded import shard
 
 

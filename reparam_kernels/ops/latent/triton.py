@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from ...core.dtypes import compute_dtype, has_float64
-from ...core.formats import empty_like
-from ...core.op import empty_as
 from ...gpu.gaussian import Options
 from ...gpu.launch import PLANS, Launch, compiler, signatures, window_tensor
 from ...gpu.plan import (
@@ -31,7 +29,8 @@ from ...gpu.plan import (
 from ...gpu.tiles import Strides, Tiling
 from . import triton_density_kernels as density_kernels
 from . import triton_kernels as kernels
-from .arguments import PARAMS, Arguments, Config, empty_prior_gradient, expanded_prior, shapes, unpacked
+from .arguments import PARAMS, Arguments, Config, expanded_prior, unpacked
+from .outputs import empty_gradients, empty_outputs
 
 SUM_BLOCK = 1024  # parts that row_sum_kernel adds up at a time
 
@@ -235,10 +234,9 @@ def contiguous(operands: Sequence[Tensor | None], copied: tuple[bool, ...]) -> l
 
 def forward(arguments: Arguments) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     mu, x = unpacked(arguments)
-    config = arguments.config
-    z, kl, log_q = (None if shape is None else empty_as(shape, mu) for shape in shapes(arguments))
+    z, kl, log_q = empty_outputs(arguments, mu)
     if mu.numel() > 0:
-        launch_forward(arguments, mu, x, z, log_q if config.log_q else kl)
+        launch_forward(arguments, mu, x, z, log_q if kl is None else kl)
     else:
         kl, log_q = (None if t is None else t.zero_() for t in (kl, log_q))
     return z, kl, log_q
@@ -291,19 +289,10 @@ def backward(
     mu, x = unpacked(arguments)
     dz, dkl, dlog_q = grads
     dkl = dkl if dlog_q is None else dlog_q
-    want_mu, want_x, *want_prior = wanted
-    packed = dmu = dx = None
-    if arguments.x is None and want_mu:
-        packed = empty_like(arguments.mu)
-        dmu, dx = packed.chunk(2, arguments.config.packed or 0)
-    else:
-        dmu = empty_like(mu) if want_mu else None
-        dx = empty_like(x) if want_x else None
-    priors = zip((arguments.mu_p, arguments.x_p), want_prior, strict=True)
-    dmu_p, dx_p = (empty_prior_gradient(p, mu) if want and dkl is not None else None for p, want in priors)
+    packed, results = empty_gradients(arguments, mu, x, wanted, arguments.mu_p is not None and dkl is not None)
     if mu.numel() > 0:
-        launch_backward(arguments, mu, x, dz, dkl, (dmu, dx, dmu_p, dx_p))
-    return (packed, None, dmu_p, dx_p) if arguments.x is None else (dmu, dx, dmu_p, dx_p)
+        launch_backward(arguments, mu, x, dz, dkl, results)
+    return results if packed is None else (packed, None, *results[2:])
 
 
 def launch_backward(
