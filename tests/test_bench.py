@@ -315,7 +315,7 @@ def test_the_host_time_is_measured_at_a_stub_driver_and_inside_torch_compile():
     command = [sys.executable, "-m", "bench.host", "--repeats", "1", "--json"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
-    for part in ("launch", "compiled"):
+    for part in ("launch", "sample", "compiled"):
         assert found[part]
         for figures in found[part].values():
             assert all(us > 0 for us in figures["us"].values())

@@ -115,3 +115,14 @@ def test_negative_views_are_resolved(backend):
     leaf = mu.clone().requires_grad_()
     (got,) = torch.autograd.grad(rk.reparameterize(leaf, mu, seed=3), leaf, negative)
     assert torch.equal(got, negative.clone())
+
+
+@pytest.mark.parametrize("cols", [40, 1024, 3001])
+def test_the_kl_of_an_item_does_not_depend_on_the_others(backend, cols):
+    """In Triton a part with seeds of its own has to have several items: one seed gives another tile."""
+    mu, x = inputs((5, cols))
+    seed = torch.arange(5)
+    kl, parts = rk.reparameterize_kl(mu, x, seed=seed)[1], ((0, 2), (2, 5))
+    assert torch.equal(torch.cat([rk.reparameterize_kl(mu[i:j], x[i:j], seed=seed[i:j])[1] for i, j in parts]), kl)
+    kl = rk.kl_divergence(mu, x)
+    assert torch.equal(torch.cat([rk.kl_divergence(mu[i : i + 1], x[i : i + 1]) for i in range(5)]), kl)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.formats import CHANNELS_LAST
+
 OPS = (
     "reparameterize_kl",
     "reparameterize",
@@ -15,7 +17,6 @@ OPS = (
     "reparameterize_mc_kl",
     "mixture_log_prob",
 )
-MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Case(NamedTuple):
@@ -49,7 +50,7 @@ class Case(NamedTuple):
             return f"--packed needs a method of rk.DiagonalGaussian; got --op {self.op}{' --squash' * self.squash}"
         if self.packed and len(self.shape) < 2:
             return f"--packed needs a shape of two or more dims; got {self.shape[0]}"
-        if self.channels_last and (mixture or len(self.shape) not in MEMORY_FORMATS):
+        if self.channels_last and (mixture or len(self.shape) not in CHANNELS_LAST):
             return f"--channels-last needs a shape of four or five dims; got {self.shape_text}"
         if self.of != "joint" and not mixture:
             return f"--of needs --op mixture_log_prob; got --op {self.op}"
@@ -118,7 +119,7 @@ class Case(NamedTuple):
             pairs = [(made(0.5 if self.squash else 1.0), made_x()) for _ in range(2 if self.prior else 1)]
             tensors = [torch.cat(pair, dim=1) for pair in pairs] if self.packed else [t for pair in pairs for t in pair]
         if self.channels_last:
-            tensors = [t.contiguous(memory_format=MEMORY_FORMATS[t.dim()]) for t in tensors]
+            tensors = [t.contiguous(memory_format=CHANNELS_LAST[t.dim()][0]) for t in tensors]
         return [t.requires_grad_() for t in tensors]
 
     def split(self, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
